@@ -1,0 +1,2495 @@
+# SPDX-License-Identifier: MIT
+"""analysys: server-side events for Analysys Ark (易观方舟), in one file with no dependency.
+
+The tracker checks a call and makes one *record* of it; a *collecter* brings the record to the platform:
+
+    from analysys import AnalysysPythonSdk, BatchCollecter
+
+    tracker = AnalysysPythonSdk(BatchCollecter("https://host:port"), on_error=lambda error, record: None)
+    tracker.setAppId("fangzhouargo")
+    tracker.track("ABCD123456", "SearchCommodity", {"commodity_price": 5000}, "android")
+    tracker.close()
+
+Which collecter
+    ====================================== ============================ =========================================
+    collecter                              a tracking call              what survives
+    ====================================== ============================ =========================================
+    DefaultCollecter(url)                  one HTTP request             returns once the server has the record
+    BatchCollecter(url)                    microseconds, memory queue   a normal exit
+    BatchCollecter(url, spool_path=DIR)    one write to DIR             kill -9, restarts, outages of any length
+    LogCollecter(DIR)                      one write to a shared log    everything; ``upload`` ships the files
+    ====================================== ============================ =========================================
+
+    Any object with ``uploadData(record)``, ``flush(timeout=10)`` and ``close(timeout=10)`` is a collecter too.
+
+Limits
+    app id 255 characters, ids 254, names 99, strings 255, lists 100 items, 100 properties a call and 100 super
+    properties, integers of 64 bits. `_RULES` below is the whole table.
+
+Exceptions
+    AnalysysPythonSdkException is the base of AnalysysPythonSdkIllegalDataException (a ValueError: bad arguments, or
+    records the platform refused), AnalysysPythonSdkNetworkException (not delivered) and
+    AnalysysPythonSdkFileException (an OSError: not written). With ``on_error`` given to the tracker, tracking calls
+    raise none of them: they go to ``on_error(exception, record)``.
+
+Threads, forks, exit
+    Everything is safe to use from any number of threads, from signal handlers and from ``__del__``. A forked child
+    starts empty and sends only its own records. A normal exit delivers what waits, within 10 seconds in all.
+    accepted = delivered + rejected + pending, at any moment: see ``stats()``.
+
+Command line
+    ``python3 analysys.py demo`` shows it all on one machine; ``python3 analysys.py`` alone lists the commands.
+"""
+
+import binascii
+import collections
+import errno
+import functools
+import io
+import json
+import os
+import re
+import stat
+import sys
+import threading
+import time
+
+try:
+    import fcntl
+except ImportError:  # Windows, WebAssembly
+    fcntl = None  # type: ignore[assignment]
+
+try:
+    import msvcrt
+except ImportError:  # all but Windows
+    msvcrt = None  # type: ignore[assignment]
+
+try:
+    import zlib
+except ImportError:  # a small build of Python: bodies go out as plain JSON
+    zlib = None  # type: ignore[assignment]
+
+TYPE_CHECKING = False  # what type checkers take for true: `typing` costs 5 ms to import
+if TYPE_CHECKING:
+    import http.client
+    import ssl
+    from datetime import datetime
+    from types import TracebackType
+    from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Tuple, Type, Union
+
+    Record = Dict[str, Any]
+    OnError = Optional[Callable[[Exception, Any], Any]]
+    Properties = Optional[Dict[str, Any]]
+    When = Union[int, datetime, None]
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "AnalysysPythonSdk",
+    "DefaultCollecter",
+    "BatchCollecter",
+    "LogCollecter",
+    "AnalysysPythonSdkException",
+    "AnalysysPythonSdkIllegalDataException",
+    "AnalysysPythonSdkNetworkException",
+    "AnalysysPythonSdkFileException",
+]
+
+
+########################################################################################################################
+# Limits and names: every number and wire name, once. "3.2" is a section of the product document, "C4" of the contract.
+########################################################################################################################
+
+_MAX_APP_ID = 255  # characters; C4
+_MAX_ID = 254  # characters, "shorter than 255": 3.2, 3.3
+_MAX_NAME = 99  # characters in an event or property name: 3.2
+_MAX_PROPERTIES = 100  # in one call, and super properties in all: 3.2, C4
+_MAX_STRING = 255  # characters in a value: 3.2
+_MAX_ITEMS = 100  # in a list: 3.4
+_MAX_INTEGER = 2**63 - 1  # 64 bits signed: C4
+_NAME = re.compile(r"\$?[A-Za-z][A-Za-z0-9_]*")  # 3.2
+_FIRST_MS, _LAST_MS = 10**12, 10**13 - 1  # Unix milliseconds of 13 digits: 3.2
+
+_LIB = "python"
+_PLATFORMS = {"ios": "iOS", "android": "Android", "js": "JS", "wechat": "WeChat"}  # in any case: C3
+_RESERVED = frozenset(
+    "xwho xwhat xwhen appid xcontext $lib $lib_version $is_login $debug $platform $original_id".split()
+)
+_ALIAS = "$alias"
+_LOG_NAMES = {"hour": "datas_%Y%m%d%H.log", "day": "datas_%Y%m%d.log"}  # by general_rule, for strftime: C6
+
+_REQUEST_TIMEOUT = 10.0  # seconds for a whole request where the caller gives none: C5
+_FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 30.0  # seconds between attempts: C5
+_MAX_RETRY_AFTER = 300.0  # seconds that a server may ask us to wait: C5
+_MAX_ANSWER = 64 * 1024  # bytes read of an answer, and decompressed of one: C5
+_MAX_HEADERS = 64 * 1024  # bytes read before the answer's body, beyond those
+_CUT_EVERY = 1.0  # seconds between two back-offs that flush() may cut short: C6
+_WARN_EVERY = 60.0  # seconds between warnings in an outage: C5
+_EXIT_TIMEOUT = 10.0  # seconds at exit, for all collecters together: C6
+_LOCKED_BYTE = 1 << 62  # the byte that Windows locks, far beyond any file's end
+_LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's lock
+_LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
+_LOGGER = "analysys"
+_GZIP_LEVEL = 6
+_GZIP = 31  # zlib's number for "gzip, largest window"
+
+
+########################################################################################################################
+# Errors
+########################################################################################################################
+
+
+class AnalysysPythonSdkException(Exception):
+    """Base of all errors of this module. *records* holds the records that the error is about, maybe none."""
+
+    def __init__(self, message: str, records: "Iterable[Any]" = ()) -> None:
+        super().__init__(message)
+        self.records = list(records)
+
+
+class AnalysysPythonSdkIllegalDataException(AnalysysPythonSdkException, ValueError):
+    """Data that will never be accepted: a bad argument, or records that the platform refused for good."""
+
+
+class AnalysysPythonSdkNetworkException(AnalysysPythonSdkException):
+    """Records that are not delivered: the server fails, is silent, or there was no room or time left."""
+
+
+class AnalysysPythonSdkFileException(AnalysysPythonSdkException, OSError):
+    """Records that could not be written to disk; *errno* is the system's reason where there is one."""
+
+
+def _illegal(argument: str, value: object, rule: str) -> AnalysysPythonSdkIllegalDataException:
+    return AnalysysPythonSdkIllegalDataException("%s is %s: it %s" % (argument, _shown(value), rule))
+
+
+def _closed() -> AnalysysPythonSdkException:
+    return AnalysysPythonSdkException("this collecter is closed: it takes no more records")
+
+
+def _unwritable(path: str, error: BaseException) -> AnalysysPythonSdkFileException:
+    raised = AnalysysPythonSdkFileException("cannot write %s: %s" % (path, error))
+    raised.errno = getattr(error, "errno", None)
+    return raised
+
+
+def _shown(value: object) -> str:
+    """Show *value* in a message: short and printable, however large or ill-behaved it is."""
+    import reprlib
+
+    try:
+        if isinstance(value, int) and int.bit_length(value) > 128:
+            return "an int of %d bits" % int.bit_length(value)
+        return reprlib.repr(value)[:100]
+    except Exception:
+        return "a %s" % type(value).__name__[:100]
+
+
+def _log(level: str, message: str, *values: object) -> None:
+    import logging
+
+    getattr(logging.getLogger(_LOGGER), level)(message, *values)
+
+
+def _log_debug(message: str, *values: object) -> None:
+    """Log for debug mode; to stderr where the application has configured no logging."""
+    import logging
+
+    logger = logging.getLogger(_LOGGER)
+    if logger.hasHandlers():
+        logger.info(message, *values)
+    else:
+        entry = logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None)
+        logging.StreamHandler().handle(entry)
+
+
+def _tell(on_error: "OnError", error: Exception, concerned: object) -> None:
+    """Hand *error* to the application's *on_error*; one that raises is logged, no more."""
+    try:
+        on_error(error, concerned)  # type: ignore[misc]
+    except Exception as mishap:
+        _log("error", "on_error raised %s: %s, when it was told of: %s", type(mishap).__name__, mishap, error)
+
+
+########################################################################################################################
+# The tracker
+########################################################################################################################
+
+
+class AnalysysPythonSdk:
+    """Checks tracking calls, makes records of them and gives them to a collecter.
+
+    *collector* is one of the collecters of this module or any object with ``uploadData``, ``flush`` and ``close``.
+    *on_error*, if given, is called as ``on_error(exception, record)`` with whatever a tracking call (``track``,
+    ``alias``, ``profile_*``) would otherwise raise; *record* is None where the arguments were at fault. All other
+    methods always raise. Without *on_error* a tracking call raises: right for tests, not for production.
+
+    Usable as a context manager that closes the collecter. Picklable as configuration. Common parameters:
+
+    - *distinct_id*, *alias_id*: str of 1 to 254 characters; who does it.
+    - *data_platform*: str; ``ios``, ``android``, ``js``, ``wechat`` in any case get their proper spelling, None or ""
+      becomes ``python``.
+    - *is_login*: bool; whether the id is that of a logged-in user.
+    - *xwhen*: when it happened, as int in Unix milliseconds (13 digits) or a datetime (naive: local time); None: now.
+
+    Raises AnalysysPythonSdkIllegalDataException where an argument breaks a rule (`_RULES`), and what the collecter
+    raises. A call that raises has sent nothing and changed nothing.
+    """
+
+    _clock = staticmethod(time.time)  # wall clock, seconds; replaceable for tests
+
+    def __init__(self, collector: "Any", on_error: "OnError" = None) -> None:
+        for method in ("uploadData", "flush", "close"):
+            if not callable(getattr(collector, method, None)):
+                raise _illegal("collector", collector, "must have the methods uploadData, flush and close")
+        self._collecter = collector
+        self._on_error = _check("on_error", on_error)
+        self._settings = _Settings(None, 0, {})
+        self._locks: "Dict[int, Any]" = {}  # guard replacing _settings; one a process: see _lock
+
+    def setAppId(self, appid: str) -> None:
+        """Set the app key of the project, a str of 1 to 255 characters. Mandatory before any tracking call."""
+        appid = _check("appid", appid)
+        with self._lock():
+            self._settings = self._settings.replace(app_id=appid)
+
+    def setDebugMode(self, debug_mode: int = 0) -> None:
+        """Set the debug mode: 0 off, 1 logs and the platform does not count the data, 2 logs and it does."""
+        debug_mode = _check("debug_mode", debug_mode)
+        with self._lock():
+            self._settings = self._settings.replace(debug=debug_mode)
+
+    def track(
+        self,
+        distinct_id: str,
+        event_name: str,
+        event_properties: "Properties" = None,
+        data_platform: "Optional[str]" = "python",
+        is_login: bool = False,
+        xwhen: "When" = None,
+    ) -> None:
+        """Track an event. Its own properties win over super properties of the same name, whatever the case."""
+        self._call(_TRACK, distinct_id, event_name, event_properties, data_platform, is_login, xwhen)
+
+    def alias(
+        self,
+        alias_id: str,
+        distinct_id: str,
+        data_platform: "Optional[str]" = "python",
+        alias_properties: "Properties" = None,
+        is_login: bool = True,
+        xwhen: "When" = None,
+    ) -> None:
+        """Tie the anonymous *distinct_id* to the login *alias_id*. The record always says ``$is_login``."""
+        self._call(_ALIASED, alias_id, None, alias_properties, data_platform, is_login, xwhen, distinct_id)
+
+    def profile_set(
+        self,
+        distinct_id: str,
+        profile_properties: "Properties",
+        data_platform: "Optional[str]" = "python",
+        is_login: bool = False,
+        xwhen: "When" = None,
+    ) -> None:
+        """Set user properties, replacing old values. None or empty properties send nothing."""
+        self._call(_SET, distinct_id, None, profile_properties, data_platform, is_login, xwhen)
+
+    def profile_set_once(
+        self,
+        distinct_id: str,
+        profile_properties: "Properties",
+        data_platform: "Optional[str]" = "python",
+        is_login: bool = False,
+        xwhen: "When" = None,
+    ) -> None:
+        """Set user properties that have no value yet. None or empty properties send nothing."""
+        self._call(_SET_ONCE, distinct_id, None, profile_properties, data_platform, is_login, xwhen)
+
+    def profile_increment(
+        self,
+        distinct_id: str,
+        profile_properties: "Properties",
+        data_platform: "Optional[str]" = "python",
+        is_login: bool = False,
+        xwhen: "When" = None,
+    ) -> None:
+        """Add to numeric user properties (which start at 0). Every value is a number, not a bool."""
+        self._call(_INCREMENT, distinct_id, None, profile_properties, data_platform, is_login, xwhen)
+
+    def profile_append(
+        self,
+        distinct_id: str,
+        profile_properties: "Properties",
+        data_platform: "Optional[str]" = "python",
+        is_login: bool = False,
+        xwhen: "When" = None,
+    ) -> None:
+        """Append to user properties that are lists. Every value is a list."""
+        self._call(_APPEND, distinct_id, None, profile_properties, data_platform, is_login, xwhen)
+
+    def profile_unset(
+        self,
+        distinct_id: str,
+        profile_properties_keys: "Iterable[str]",
+        data_platform: "Optional[str]" = "python",
+        is_login: bool = False,
+        xwhen: "When" = None,
+    ) -> None:
+        """Remove user properties: a list, tuple or set of their names. An empty one sends nothing."""
+        self._call(_UNSET, distinct_id, None, profile_properties_keys, data_platform, is_login, xwhen)
+
+    def profile_delete(
+        self,
+        distinct_id: str,
+        data_platform: "Optional[str]" = "python",
+        is_login: bool = False,
+        xwhen: "When" = None,
+    ) -> None:
+        """Remove all properties of a user."""
+        self._call(_DELETE, distinct_id, None, None, data_platform, is_login, xwhen)
+
+    def registerSuperProperties(self, super_properties: "Properties") -> None:
+        """Add properties, 100 in all, that every later ``track`` carries; a name replaces itself in any case."""
+        added: "Record" = {}
+        folded = _copy_properties("super_properties", super_properties, added)
+        with self._lock():
+            kept = {name: value for name, value in self._settings.supers.items() if name.lower() not in folded}
+            if len(kept) + len(added) > _MAX_PROPERTIES:
+                raise _illegal("super_properties", super_properties, "must leave at most 100 super properties in all")
+            kept.update(added)
+            self._settings = self._settings.replace(supers=kept)
+
+    def unregisterSuperProperties(self, super_properties_key: str) -> None:
+        """Remove one super property by name, whatever the case; one that is not there is no error."""
+        name = self._settings.spelled(super_properties_key)
+        with self._lock():
+            kept = {other: value for other, value in self._settings.supers.items() if other != name}
+            self._settings = self._settings.replace(supers=kept)
+
+    unregisterSuperProperty = unregisterSuperProperties
+
+    def clearSuperProperties(self) -> None:
+        """Remove all super properties."""
+        with self._lock():
+            self._settings = self._settings.replace(supers={})
+
+    def getSingleSuperProperties(self, super_properties_key: str) -> "Any":
+        """Return (a copy of) the value of one super property, whatever the case of its name; None if absent."""
+        settings = self._settings
+        value = settings.supers.get(settings.spelled(super_properties_key) or "")
+        return list(value) if isinstance(value, list) else value
+
+    def getAllSuperProperties(self) -> "Record":
+        """Return a copy of all super properties."""
+        return {n: list(v) if isinstance(v, list) else v for n, v in self._settings.supers.items()}
+
+    def flush(self, timeout: "Optional[float]" = 10) -> None:
+        """Return when all records accepted so far are delivered, refused for good or written; see the collecter."""
+        self._collecter.flush(timeout)
+
+    def close(self, timeout: "Optional[float]" = 10) -> None:
+        """Flush and close the collecter; tracking afterwards raises. Calling it again does nothing."""
+        self._collecter.close(timeout)
+
+    def __enter__(self) -> "AnalysysPythonSdk":
+        return self
+
+    def __exit__(
+        self, kind: "Optional[Type[BaseException]]", error: "Optional[BaseException]", trace: "Optional[TracebackType]"
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> "Record":
+        state = self.__dict__.copy()
+        del state["_locks"]
+        return state
+
+    def __setstate__(self, state: "Record") -> None:
+        self.__dict__.update(state, _locks={})
+
+    def _lock(self) -> "Any":
+        # A forked child must not share a lock that some thread of its parent may have held: setdefault() is atomic.
+        return self._locks.setdefault(os.getpid(), threading.RLock())
+
+    def _call(
+        self,
+        kind: "_Kind",
+        xwho: str,
+        xwhat: "Optional[str]",
+        properties: "Any",
+        data_platform: "Optional[str]",
+        is_login: bool,
+        xwhen: "When",
+        original_id: "Optional[str]" = None,
+    ) -> None:
+        """Every tracking call: arguments, record, collecter; what goes wrong is raised or goes to on_error."""
+        record = None
+        try:
+            settings = self._settings
+            if xwhen is None:
+                xwhen = int(self._clock() * 1000)
+            built = _record(settings, kind, xwho, xwhat, properties, data_platform, is_login, xwhen, original_id)
+            if built is not None:
+                record = built
+                if settings.debug:
+                    _log_debug("record %s", json.dumps(record, ensure_ascii=False))
+                self._collecter.uploadData(record)
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            _tell(self._on_error, error, record)
+
+
+########################################################################################################################
+# Records: pure functions of settings and arguments. They read no clock and change nothing they are given.
+########################################################################################################################
+
+# A kind of call: xwhat, the name of the id and of the properties argument, and the one rule its values must fall under.
+_Kind = collections.namedtuple("_Kind", "xwhat xwho properties only")
+_TRACK = _Kind(None, "distinct_id", "event_properties", None)
+_ALIASED = _Kind(_ALIAS, "alias_id", "alias_properties", None)
+_SET = _Kind("$profile_set", "distinct_id", "profile_properties", None)
+_SET_ONCE = _Kind("$profile_set_once", "distinct_id", "profile_properties", None)
+_INCREMENT = _Kind("$profile_increment", "distinct_id", "profile_properties", "number")
+_APPEND = _Kind("$profile_append", "distinct_id", "profile_properties", "list")
+_UNSET = _Kind("$profile_unset", "distinct_id", "profile_properties_keys", None)
+_DELETE = _Kind("$profile_delete", "distinct_id", None, None)
+
+
+class _Settings:
+    """What a tracker adds to its records. Never changed, only replaced, so that a call sees one state of it."""
+
+    def __init__(self, app_id: "Optional[str]", debug: int, supers: "Record") -> None:
+        self.app_id = app_id
+        self.debug = debug
+        self.supers = supers
+        self.folded = {name.lower(): name for name in supers}
+        self.lists = [name for name, value in supers.items() if isinstance(value, list)]
+        self.common = {"$lib": _LIB, "$lib_version": __version__, "$debug": debug}
+        self.track = dict(supers, **self.common)
+
+    def replace(self, **changes: "Any") -> "_Settings":
+        return _Settings(**dict({"app_id": self.app_id, "debug": self.debug, "supers": self.supers}, **changes))
+
+    def spelled(self, name: str) -> "Optional[str]":
+        """Return how the super property *name* was spelled when it was registered, or None."""
+        return self.folded.get(_check("super_properties_key", name).lower())
+
+
+def _record(
+    settings: _Settings,
+    kind: _Kind,
+    xwho: str,
+    xwhat: "Optional[str]",
+    properties: "Any",
+    data_platform: "Optional[str]",
+    is_login: bool,
+    xwhen: "Any",
+    original_id: "Optional[str]",
+) -> "Optional[Record]":
+    """Return the record of one call, a private copy, or None where there is nothing to send."""
+    if settings.app_id is None:
+        raise AnalysysPythonSdkIllegalDataException("appid is not set: setAppId() must come before any tracking call")
+    xwho = _check(kind.xwho, xwho)
+    if kind is _TRACK:
+        context = settings.track.copy()
+        xwhat = _check("event_name", xwhat)
+        folded = _copy_properties("event_properties", properties, context)
+        for name in settings.lists:
+            if name.lower() not in folded:
+                context[name] = list(context[name])
+        for name in settings.folded.keys() & folded.keys():
+            if settings.folded[name] != folded[name]:
+                del context[settings.folded[name]]
+    else:
+        xwhat = kind.xwhat
+        context = settings.common.copy()
+        if kind is _UNSET:
+            filled: "Any" = _copy_names(kind.properties, properties, context)
+        elif kind is _DELETE:
+            filled = True
+        else:
+            filled = _copy_properties(kind.properties, properties, context, kind.only) or kind is _ALIASED
+    context["$platform"] = _check("data_platform", data_platform)
+    context["$is_login"] = _check("is_login", is_login)
+    if kind is _ALIASED:
+        context["$original_id"] = _check("distinct_id", original_id)
+        context["$is_login"] = True
+    record = {
+        "appid": settings.app_id,
+        "xwho": xwho,
+        "xwhat": xwhat,
+        "xwhen": _check("xwhen", xwhen),
+        "xcontext": context,
+    }
+    return record if kind is _TRACK or filled else None
+
+
+########################################################################################################################
+# Validation: one table of rules (C4, row by row) and one check
+########################################################################################################################
+
+
+def _text(value: "Any", shortest: int, longest: float) -> str:
+    plain = str.__str__(value)  # a subclass gives its characters, whatever it says of itself
+    if not shortest <= len(plain) <= longest:
+        raise ValueError
+    plain.encode()  # lone surrogates are not characters
+    return plain
+
+
+def _name(value: "Any") -> str:
+    plain = _text(value, 1, _MAX_NAME)
+    if not _NAME.fullmatch(plain):
+        raise ValueError
+    return plain
+
+
+def _property_name(value: "Any") -> str:
+    plain = _name(value)
+    if plain.lower() in _RESERVED:
+        raise ValueError
+    return plain
+
+
+@functools.lru_cache(1024)  # the names of an application are few: seen once, a name is not matched again
+def _folded_name(plain: str) -> str:
+    return _property_name(plain).lower()
+
+
+@functools.lru_cache(1024)
+def _known_event_name(plain: str) -> str:
+    return _name(plain)
+
+
+def _event_name(value: "Any") -> str:
+    return _known_event_name(value) if type(value) is str else _name(value)
+
+
+def _string(value: str) -> str:
+    if type(value) is not str or len(value) > _MAX_STRING:
+        return _text(value, 0, _MAX_STRING)
+    value.encode()
+    return value
+
+
+def _exactly(value: "Any", *allowed: "Any") -> "Any":
+    for one in allowed:
+        if type(value) is type(one) and value == one:
+            return one
+    raise ValueError
+
+
+def _integer(value: int, least: int = -_MAX_INTEGER - 1, most: int = _MAX_INTEGER) -> int:
+    plain = int.__int__(value)
+    if not least <= plain <= most:
+        raise ValueError
+    return plain
+
+
+def _number(value: "Any") -> "Union[int, float]":
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _integer(value)
+    if isinstance(value, float):
+        plain = float.__float__(value)
+        if plain - plain != 0:  # NaN and the infinities
+            raise ValueError
+        return plain
+    if not -_MAX_INTEGER - 1 <= value <= _MAX_INTEGER:
+        raise ValueError
+    whole = int(value)
+    return whole if whole == value else _number(float(value))
+
+
+def _list(value: "Any") -> "List[str]":
+    plain = list.__getitem__(value, slice(None)) if isinstance(value, list) else [*tuple.__iter__(value)]
+    if len(plain) > _MAX_ITEMS:
+        raise ValueError
+    for item in plain:
+        if type(item) is not str or len(item) > _MAX_STRING:
+            return [_text(item, 0, _MAX_STRING) for item in plain]
+    "".join(plain).encode()
+    return plain
+
+
+def _moment(value: "Any") -> str:
+    import datetime
+
+    if value != value:  # pandas' NaT is a datetime
+        raise ValueError
+    if isinstance(value, datetime.datetime):
+        return datetime.datetime.isoformat(value, " ", "seconds")[:19]  # without the time zone
+    return datetime.date.isoformat(value)
+
+
+def _platform(value: "Any") -> str:
+    plain = _text("" if value is None else value, 0, float("inf"))
+    return _PLATFORMS.get(plain.lower(), plain) if plain else _LIB
+
+
+def _when(value: "Any") -> int:
+    if type(value) is not int:
+        import datetime
+
+        if isinstance(value, datetime.datetime):
+            epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+            value = (value.astimezone(datetime.timezone.utc) - epoch) // datetime.timedelta(milliseconds=1)
+        elif isinstance(value, bool):
+            raise ValueError
+    return _integer(value, _FIRST_MS, _LAST_MS)
+
+
+def _no_value(value: object) -> None:
+    raise ValueError
+
+
+def _callable_or_none(value: "Any") -> "Any":
+    if value is not None and not callable(value):
+        raise ValueError
+    return value
+
+
+def _positive(value: "Any") -> float:
+    plain = _number(value)
+    if plain <= 0:
+        raise ValueError
+    return plain
+
+
+def _size(value: "Any") -> int:
+    if isinstance(value, bool):
+        raise ValueError
+    return _integer(value, 1)
+
+
+def _directory(value: "Any") -> str:
+    plain = os.fsdecode(value)
+    if not plain or "\0" in plain:
+        raise ValueError
+    return plain
+
+
+class _Rule:
+    """What a value must be, in the words of the error message, and the function that returns its plain form.
+
+    Where the value breaks the rule, the function raises anything at all: a hostile value's own errors count too.
+    """
+
+    __slots__ = ("text", "plain")
+
+    def __init__(self, text: str, plain: "Callable[[Any], Any]") -> None:
+        self.text = text
+        self.plain = plain
+
+
+_NAME_TEXT = r"1 to 99 characters that match \$?[A-Za-z][A-Za-z0-9_]*"
+_RULES = {
+    # arguments of tracking calls
+    "appid": _Rule("must be a str of 1 to 255 characters", lambda v: _text(v, 1, _MAX_APP_ID)),
+    "distinct_id": _Rule("must be a str of 1 to 254 characters", lambda v: _text(v, 1, _MAX_ID)),
+    "alias_id": _Rule("must be a str of 1 to 254 characters", lambda v: _text(v, 1, _MAX_ID)),
+    "event_name": _Rule("must be a str of " + _NAME_TEXT, _event_name),
+    "data_platform": _Rule("must be a str or None", _platform),
+    "is_login": _Rule("must be a bool", lambda v: _exactly(v, True, False)),
+    "xwhen": _Rule("must be an int of 13 digits (Unix milliseconds) or a datetime of 2001 to 2286", _when),
+    "debug_mode": _Rule("must be the int 0, 1 or 2", lambda v: _exactly(v, 0, 1, 2)),
+    # names and values of properties
+    "name": _Rule(
+        "must be a str of %s, and none of the reserved %s" % (_NAME_TEXT, " ".join(sorted(_RESERVED))),
+        _property_name,
+    ),
+    "super_properties_key": _Rule("must be a str of " + _NAME_TEXT, _name),
+    "str": _Rule("must have at most 255 characters, encodable as UTF-8", _string),
+    "bool": _Rule("must be a bool", lambda v: v),
+    "number": _Rule("must be a finite number (a bool is none), an integer within 64 bits signed", _number),
+    "list": _Rule("must be a list or tuple of at most 100 str of at most 255 characters each", _list),
+    "date": _Rule("must be a date or datetime", _moment),
+    "value": _Rule("must be a str, bool, number, date, datetime, or list of str", _no_value),
+    # settings
+    "on_error": _Rule("must be callable or None", _callable_or_none),
+    "size": _Rule("must be an int of at least 1", _size),
+    "seconds": _Rule("must be a number over 0", _positive),
+    "log_path": _Rule("must be the path of a directory", _directory),
+    "general_rule": _Rule('must be "hour" or "day"', lambda v: _LOG_NAMES[v.lower()]),
+    "is_batch": _Rule("must be a bool", lambda v: _exactly(v, True, False)),
+    "timeout": _Rule("must be a number of seconds from 0, or None", lambda v: v if v is None else max(_number(v), 0)),
+}
+_VALUE_RULES: "Dict[type, _Rule]" = {
+    str: _RULES["str"],
+    bool: _RULES["bool"],
+    int: _RULES["number"],
+    float: _RULES["number"],
+    list: _RULES["list"],
+    tuple: _RULES["list"],
+}
+_CONTEXT_RULES = {
+    "$lib": "data_platform",
+    "$lib_version": "data_platform",
+    "$platform": "data_platform",
+    "$is_login": "is_login",
+    "$debug": "debug_mode",
+    "$original_id": "distinct_id",
+}
+
+
+def _check(argument: str, value: "Any", rule: "Optional[str]" = None) -> "Any":
+    """Return the plain form of *value*, or raise what names argument, value and rule."""
+    applied = _RULES[rule or argument]
+    try:
+        return applied.plain(value)
+    except Exception:
+        raise _illegal(argument, value, applied.text) from None
+
+
+def _value_rule(value: object) -> _Rule:
+    """Return the rule for a value whose type is not one of the exact ones."""
+    import datetime
+    import decimal
+    import numbers
+
+    for kinds, rule in (
+        (str, "str"),
+        ((numbers.Real, decimal.Decimal), "number"),
+        ((list, tuple), "list"),
+        (datetime.date, "date"),
+    ):
+        if isinstance(value, kinds):
+            return _RULES[rule]
+    return _RULES["value"]
+
+
+def _copy_properties(
+    argument: str, given: "Any", into: "Record", only: "Optional[str]" = None, most: int = _MAX_PROPERTIES
+) -> "Dict[str, str]":
+    """Check and copy properties in one pass; return their names in lower case, each with its spelling.
+
+    *only* is the one rule that every value must fall under.
+    """
+    folded: "Dict[str, str]" = {}
+    if given is None:
+        return folded
+    if not isinstance(given, dict):
+        raise _illegal(argument, given, "must be a dict or None")
+    items = list(dict.items(given))  # one step: another thread may change it while we look
+    if len(items) > most:
+        raise _illegal("the number of " + argument, len(items), "must be at most %d" % most)
+    for name, value in items:
+        try:
+            if type(name) is not str:
+                name = str.__str__(name)
+            folded[_folded_name(name)] = name
+        except Exception:
+            raise _illegal("a name in " + argument, name, _RULES["name"].text) from None
+        rule = _VALUE_RULES.get(type(value)) or _value_rule(value)
+        try:
+            into[name] = rule.plain(value)
+        except Exception:
+            raise _illegal("%s[%r]" % (argument, name), value, rule.text) from None
+        if only is not None and rule is not _RULES[only]:
+            raise _illegal("%s[%r]" % (argument, name), value, _RULES[only].text)
+    if len(folded) != len(items):
+        raise _same_names(argument, [str.__str__(name) for name, _ in items])
+    return folded
+
+
+def _copy_names(argument: str, given: "Any", into: "Record") -> bool:
+    """Check the names of properties to unset and put each into *into*; return whether there are any."""
+    if given is None:
+        return False
+    if not isinstance(given, (list, tuple, set, frozenset)):
+        raise _illegal(argument, given, "must be a list, tuple or set of property names")
+    names = {_check("a name in " + argument, name, "name") for name in list(given)}
+    if len(names) > _MAX_PROPERTIES:
+        raise _illegal("the number of " + argument, len(names), "must be at most %d" % _MAX_PROPERTIES)
+    if len({name.lower() for name in names}) != len(names):
+        raise _same_names(argument, sorted(names))
+    into.update(dict.fromkeys(names, ""))
+    return bool(names)
+
+
+def _same_names(argument: str, names: "List[str]") -> AnalysysPythonSdkIllegalDataException:
+    counts = collections.Counter(name.lower() for name in names)
+    same = [name for name in names if counts[name.lower()] > 1]
+    return _illegal("a name in " + argument, same, "must not differ from another by its case only")
+
+
+def _check_record(record: "Any") -> None:
+    """Check a finished record by the same rules; raise what names the field, the value and the rule."""
+    if not isinstance(record, dict):
+        raise _illegal("record", record, "must be a JSON object")
+    for field in ("appid", "xwho", "xwhat", "xwhen", "xcontext"):
+        if field not in record:
+            raise _illegal("record", record, "must have the field %s" % field)
+    context = record["xcontext"]
+    if not isinstance(context, dict):
+        raise _illegal("xcontext", context, "must be a JSON object")
+    _check("appid", record["appid"])
+    _check("xwho", record["xwho"], "distinct_id")
+    _check("xwhat", record["xwhat"], "event_name")
+    _check("xwhen", record["xwhen"])
+    for name, rule in _CONTEXT_RULES.items():
+        if name in context:
+            _check("xcontext[%r]" % name, context[name], rule)
+    if record["xwhat"] == _ALIAS and "$original_id" not in context:
+        raise _illegal("xcontext", context, "must have $original_id in an $alias record")
+    own = {name: value for name, value in context.items() if name not in _CONTEXT_RULES}
+    only = {kind.xwhat: kind.only for kind in (_INCREMENT, _APPEND)}.get(record["xwhat"])
+    _copy_properties("xcontext", own, {}, only, 2 * _MAX_PROPERTIES)
+
+
+########################################################################################################################
+# Encoding: record -> line, lines -> body, answer -> verdict
+########################################################################################################################
+
+# No circular check: a record holds no containers of containers, and any other one meets the recursion limit.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False).encode
+
+_DELIVERED, _REFUSED, _TOO_LARGE, _RETRY = "delivered", "refused", "too large", "retry"
+_Verdict = collections.namedtuple("_Verdict", "kind reason wait")  # wait: seconds the server asked for, or None
+_Answer = collections.namedtuple("_Answer", "status retry_after payload")
+
+# Statuses that say nothing about the data, also where the answer's code carries them: C5
+_NOT_THE_DATA = frozenset((401, 403, 404, 407, 408, 413, 429))
+
+
+def _line(record: "Record") -> bytes:
+    """Return *record* as one line of JSON, newline included."""
+    return (_encode(record) + "\n").encode("utf-8")
+
+
+def _array(records: "List[Record]") -> bytes:
+    """Return *records* as a JSON array."""
+    return _encode(records).encode("utf-8")
+
+
+def _pack(text: bytes) -> bytes:
+    """Return the body that carries *text*: base64(gzip(text)), or plain where Python has no zlib."""
+    if zlib is None:
+        return text
+    packer = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, _GZIP)
+    return binascii.b2a_base64(packer.compress(text) + packer.flush(), newline=False)
+
+
+def _unpack(body: bytes, most: int) -> bytes:
+    """Undo `_pack`; raise ValueError where *body* is not of that form or has more than *most* bytes inside."""
+    if zlib is None:
+        raise ValueError("this Python has no zlib")
+    unpacker = zlib.decompressobj(_GZIP)
+    try:
+        text = unpacker.decompress(binascii.a2b_base64(body), most + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if len(text) > most or not unpacker.eof:
+        raise ValueError("cut short, or more than %d bytes" % most)
+    return bytes(text)
+
+
+def _parse(payload: bytes) -> "Any":
+    """Return the JSON value in an answer, plain or packed; None where there is none."""
+    for unpack in (bytes, lambda packed: _unpack(packed, _MAX_ANSWER)):
+        try:
+            return json.loads(unpack(payload).decode("utf-8"))
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def _judge(answer: "_Answer") -> "_Verdict":
+    """Say what an answer means for the batch that was sent: C5."""
+    told = _parse(answer.payload)
+    code = told.get("code") if isinstance(told, dict) else None
+    if type(code) is not int:
+        code = None
+    if code in _NOT_THE_DATA:
+        kind = _TOO_LARGE if code == 413 else _RETRY
+    elif answer.status == 413:
+        kind = _TOO_LARGE
+    elif code is not None and 400 <= code <= 499 or answer.status in (400, 422) and isinstance(told, dict):
+        kind = _REFUSED
+    else:
+        kind = _DELIVERED if 200 <= answer.status <= 299 and code == 200 else _RETRY
+    text = repr(answer.payload[:80]) if told is None else json.dumps(told, ensure_ascii=False)[:300]
+    return _Verdict(kind, "HTTP %d, %s" % (answer.status, text), _seconds(answer.retry_after))
+
+
+def _seconds(retry_after: "Optional[str]") -> "Optional[float]":
+    """Return the seconds that a Retry-After header asks for, within its limit; None where it asks for nothing."""
+    import email.utils
+
+    if retry_after is None:
+        return None
+    try:
+        if retry_after.strip().isdigit():
+            seconds = float(retry_after)
+        else:
+            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+
+
+########################################################################################################################
+# Transport: one POST over a kept-alive connection, bounded in time and in bytes
+########################################################################################################################
+
+
+def _url(server_url: "Any") -> str:
+    """Return the address to post to, or raise what is wrong with *server_url*."""
+    import urllib.parse
+
+    rule = "must be http(s)://host[:port][/path]"
+    if not isinstance(server_url, str):
+        raise _illegal("server_url", server_url, rule)
+    try:
+        server_url.encode("ascii")
+        parts = urllib.parse.urlsplit(server_url)
+        port = parts.port
+    except ValueError:
+        raise _illegal("server_url", server_url, rule) from None
+    odd = re.search(r"[\x00-\x20\x7f?#@]", server_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or odd or parts.netloc.endswith(":"):
+        raise _illegal("server_url", server_url, rule)
+    path = parts.path.rstrip("/")
+    return "%s://%s%s" % (parts.scheme, parts.netloc, path if path.endswith("/up") else path + "/up")
+
+
+def _http_headers(headers: "Any") -> "Dict[str, str]":
+    """Return the headers of every request, the caller's own *headers* included."""
+    own = {
+        "Content-Type": "application/json",
+        "User-Agent": "analysys-%s/%s" % (_LIB, __version__),
+    }
+    for name, value in dict(headers or {}).items():
+        sound = isinstance(name, str) and isinstance(value, str) and re.fullmatch(r"[!-9;-~]+", name)
+        if not sound or not re.fullmatch(r"[\x20-\x7e\t]*", value):
+            raise _illegal("headers[%s]" % _shown(name), value, "must be a header: a printable ASCII name and value")
+        own[name] = value
+    return own
+
+
+class _Transport:
+    """Posts bodies to one address through an `urllib.request` opener of its own; changes nothing for the process.
+
+    Whatever the sending thread will need is imported here, in the caller's thread: a module that one thread imports
+    while another forks is locked for ever in the child.
+    """
+
+    def __init__(self, url: str, ssl_context: "Optional[ssl.SSLContext]", headers: "Dict[str, str]") -> None:
+        import email.utils  # noqa: F401
+        import encodings.idna  # noqa: F401
+        import http.client  # noqa: F401
+        import logging  # noqa: F401
+        import urllib.request
+
+        self._url = url
+        self._headers = headers
+        self._pool = _Connections(ssl_context if ssl_context or url.startswith("http:") else _verified())
+        handler = urllib.request.BaseHandler()
+        for scheme in ("http", "https"):
+            setattr(handler, scheme + "_open", self._pool.open)
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(urllib.request.ProxyHandler())
+        self._opener.add_handler(handler)
+
+    def post(self, body: bytes, timeout: float) -> "_Answer":
+        """Return the answer to *body*, whatever it says; raise OSError or HTTPException where there is none."""
+        import urllib.request
+
+        request = urllib.request.Request(self._url, body, self._headers)
+        answer: "_Answer" = self._opener.open(request, timeout=timeout)
+        return answer
+
+    def close(self) -> None:
+        """Close idle connections; those in use close when their answer is there."""
+        self._pool.close()
+
+    def disown(self) -> None:
+        """Let go, in a forked child, of the parent's connections."""
+        self._pool.disown()
+
+
+def _verified() -> "ssl.SSLContext":
+    try:
+        import ssl
+    except ImportError:
+        raise AnalysysPythonSdkException("https needs the ssl module, which this Python is built without") from None
+    return ssl.create_default_context()
+
+
+class _Connections:
+    """Opens urllib requests over connections that are kept alive, each used by one thread at a time."""
+
+    def __init__(self, ssl_context: "Optional[ssl.SSLContext]") -> None:
+        self._ssl_context = ssl_context
+        self._idle: "Deque[Tuple[Any, Any]]" = collections.deque()  # (where to, connection); its steps are atomic
+        self._all: "set[Any]" = set()  # idle or in use; closed together
+        self._closed = False
+
+    def open(self, request: "Any") -> "_Answer":
+        """Send *request* and return the answer. A connection that died while it was idle is replaced unnoticed."""
+        import http.client
+
+        deadline = time.monotonic() + request.timeout
+        tunnel = getattr(request, "_tunnel_host", None)  # set by ProxyHandler, which has no public name for it
+        # What is meant for the proxy goes to the proxy only.
+        credentials = request.headers.pop("Proxy-authorization", None) if tunnel else None
+        where = (request.type, request.host, tunnel)
+        connection = self._take_idle(where)
+        if connection is not None:
+            try:
+                return self._ask(where, connection, request, deadline)
+            except (ConnectionError, http.client.BadStatusLine):
+                if connection.answered:
+                    raise
+        return self._ask(where, self._connect(request, tunnel, credentials), request, deadline)
+
+    def close(self) -> None:
+        """Close idle connections, and from now on each one as soon as it is idle."""
+        self._closed = True
+        while self._take_idle(None) is not None:
+            pass
+
+    def disown(self) -> None:
+        """Close, in a forked child, the descriptors of its parent's connections, those in use included."""
+        for connection in list(self._all):
+            if connection.sock is not None:
+                os.close(connection.sock.detach())
+
+    def _ask(self, where: "Any", connection: "Any", request: "Any", deadline: float) -> "_Answer":
+        connection.deadline, connection.answered = deadline, False
+        keep = False
+        try:
+            if connection.sock is None:
+                connection.connect()
+            connection.sock.settimeout(_left(deadline))
+            headers = dict(request.headers, **request.unredirected_hdrs)
+            connection.request(request.get_method(), request.selector, request.data, headers)
+            response = connection.getresponse()
+            payload = response.read(_MAX_ANSWER + 1)
+            keep = not response.will_close and len(payload) <= _MAX_ANSWER and response.isclosed()
+            return _Answer(response.status, response.getheader("Retry-After"), payload[:_MAX_ANSWER])
+        finally:
+            if keep and not self._closed:
+                self._idle.append((where, connection))
+            else:
+                self._all.discard(connection)
+                connection.close()
+
+    def _take_idle(self, where: "Any") -> "Any":
+        while True:
+            try:
+                kept_for, connection = self._idle.pop()
+            except IndexError:
+                return None
+            if kept_for == where and _is_quiet(connection.sock):
+                return connection
+            self._all.discard(connection)
+            connection.close()
+
+    def _connect(self, request: "Any", tunnel: "Optional[str]", credentials: "Optional[str]") -> "Any":
+        import http.client
+
+        connection: "Any"
+        if request.type == "https":
+            connection = http.client.HTTPSConnection(request.host, context=self._ssl_context)
+        else:
+            connection = http.client.HTTPConnection(request.host)
+        if tunnel:
+            connection.set_tunnel(tunnel, headers={"Proxy-Authorization": credentials} if credentials else {})
+        connection.response_class = functools.partial(_response, connection)
+        connection._create_connection = functools.partial(_dial, connection)
+        self._all.add(connection)
+        return connection
+
+
+def _left(deadline: float) -> float:
+    """Return the seconds left, or raise the time-out that is due."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        import socket
+
+        raise socket.timeout("no complete answer within request_timeout")
+    return left
+
+
+def _is_quiet(sock: "Any") -> bool:
+    """Tell whether an idle connection is still there: one that has something to read was closed by the server."""
+    import socket
+
+    try:
+        sock.settimeout(0)
+        socket.socket.recv(sock, 1, socket.MSG_PEEK)  # of the bare socket, under TLS too
+    except BlockingIOError:
+        return True
+    except (OSError, AttributeError):
+        pass
+    return False
+
+
+def _dial(connection: "Any", address: "Tuple[str, int]", *_: "Any") -> "Any":
+    """Connect to the first of the host's addresses that answers, all within the connection's deadline."""
+    import socket
+
+    problem: "Optional[OSError]" = None
+    addresses = [found[4] for found in socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)]
+    for position, found in enumerate(addresses):
+        try:
+            share = _left(connection.deadline) / (len(addresses) - position)
+            sock = socket.create_connection((str(found[0]), int(found[1])), share)
+            sock.settimeout(_left(connection.deadline))
+            return sock
+        except OSError as error:
+            problem = problem or error
+    raise problem or OSError("no address for %s" % address[0])
+
+
+def _response(connection: "Any", sock: "Any", *arguments: "Any", **named: "Any") -> "http.client.HTTPResponse":
+    """Make the response that http.client would, but let it read through a `_Bounded` file."""
+    import http.client
+
+    return http.client.HTTPResponse(_Answering(connection, sock), *arguments, **named)  # type: ignore[arg-type]
+
+
+class _Answering(io.RawIOBase):
+    """What a response reads from: one deadline over all reads, and a limit to their bytes."""
+
+    def __init__(self, connection: "Any", sock: "Any") -> None:
+        self._connection = connection
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+        self._budget = _MAX_HEADERS + _MAX_ANSWER
+
+    def makefile(self, mode: str) -> "io.BufferedReader":
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "Any") -> int:
+        self._sock.settimeout(_left(self._connection.deadline))
+        size = self._raw.readinto(buffer)
+        if size:
+            self._connection.answered = True
+            self._budget -= size
+            if self._budget < 0:
+                raise OSError("the answer's headers are too long")
+        return size or 0
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+########################################################################################################################
+# Queues: what is accepted and not yet settled, in memory or on disk
+########################################################################################################################
+
+
+class _Ledger:
+    """Counts that balance at any moment: accepted (+ adopted) = delivered + rejected + pending.
+
+    add() takes no lock, since a __del__ or a signal handler that tracks may run anywhere: a change is appended in one
+    step, whole, and those who read add them up.
+    """
+
+    def __init__(self, *more: str) -> None:
+        # Guards _counts, and what an owner reads or moves together with them. Never held while anything waits or sends.
+        self.lock = threading.RLock()
+        self._changes: "Deque[Dict[str, int]]" = collections.deque()
+        names = ("accepted", "delivered", "rejected", "pending", "requests", "retries") + more
+        self._counts = dict.fromkeys(names, 0)
+
+    def add(self, **changes: int) -> None:
+        self._changes.append(changes)
+        if len(self._changes) > 256 and self.lock.acquire(False):
+            try:
+                self.stats()
+            finally:
+                self.lock.release()
+
+    def stats(self) -> "Dict[str, int]":
+        with self.lock:
+            while self._changes:
+                for name, change in self._changes.popleft().items():
+                    self._counts[name] += change
+            return dict(self._counts)
+
+
+class _MemoryQueue:
+    """A bounded queue of records, with the batch in flight at its head.
+
+    `queue.Queue` would take a lock in put(), which deadlocks when the garbage collector runs a ``__del__`` that tracks
+    while the lock is held. Here put() takes none: a list of free slots bounds the queue and a deque holds it, and each
+    of their steps is atomic. A record is accepted at the moment it is in the deque.
+    """
+
+    encode = staticmethod(_array)
+
+    def __init__(self, max_size: int, clock: "Callable[[], float]") -> None:
+        self.ledger = _Ledger()  # its lock guards what follows, but for put(), whose steps are atomic
+        self._clock = clock
+        self._free: "List[None]" = [None] * max_size
+        self._waiting: "Deque[Tuple[float, Record]]" = collections.deque()  # (when it came, record)
+        self._inflight: "List[Record]" = []
+        self._surrendered = False
+
+    def put(self, record: "Record") -> bool:
+        """Accept *record*, or return False where the queue is full."""
+        try:
+            self._free.pop()
+        except IndexError:
+            return False
+        self._waiting.append((self._clock(), record))
+        return True
+
+    def take_back(self, record: "Record") -> bool:
+        """Undo put(), unless *record* is on its way already."""
+        with self.ledger.lock:
+            for entry in list(self._waiting):
+                if entry[1] is record:
+                    self._waiting.remove(entry)
+                    self._free.append(None)
+                    return True
+        return False
+
+    def take(self, most: int) -> int:
+        """Move up to *most* waiting records in flight and return their number."""
+        with self.ledger.lock:
+            taken = [self._waiting.popleft()[1] for _ in range(min(most, len(self._waiting)))]
+            self._inflight += taken
+            self.ledger.add(accepted=len(taken), pending=len(taken))
+        return len(taken)
+
+    def head(self, number: int) -> "List[Record]":
+        """Return the first *number* records in flight."""
+        return self._inflight[:number]
+
+    def settle(self, number: int, error: "Optional[Exception]" = None) -> bool:
+        """Let go of the first *number* in flight: delivered, or rejected with *error*. False: surrendered before."""
+        with self.ledger.lock:
+            if self._surrendered:
+                return False
+            del self._inflight[:number]
+            self._free.extend([None] * number)
+            changes = {"rejected" if error else "delivered": number}
+            self.ledger.add(pending=-number, **changes)
+        return True
+
+    def surrender(self) -> "List[Record]":
+        """Give up all that is not delivered, counting it as rejected, and return it in order."""
+        with self.ledger.lock:
+            self.take(len(self._waiting))
+            left, self._inflight, self._surrendered = self._inflight, [], True
+            self.ledger.add(rejected=len(left), pending=-len(left))
+        return left
+
+    def is_full(self) -> bool:
+        return not self._free
+
+    def waiting(self) -> int:
+        """Return how many records wait that are not in flight."""
+        return len(self._waiting)
+
+    def oldest(self) -> float:
+        """Return when the oldest waiting record came."""
+        try:
+            return self._waiting[0][0]
+        except IndexError:
+            return self._clock()
+
+    def pending(self) -> int:
+        return self.stats()["pending"]
+
+    def accepted(self) -> int:
+        return self.stats()["accepted"]
+
+    def settled(self) -> int:
+        """Return how many of the accepted records are delivered or rejected; always the oldest ones."""
+        counts = self.ledger.stats()
+        return counts["delivered"] + counts["rejected"]
+
+    def stats(self) -> "Dict[str, int]":
+        with self.ledger.lock:
+            counts = self.ledger.stats()
+            waiting = len(self._waiting)
+            counts["accepted"] += waiting
+            counts["pending"] += waiting
+        return counts
+
+
+class _LogFile:
+    """Appends lines to the file of the hour or day, which any number of threads and processes share.
+
+    A call from inside a write (a signal handler, ``__del__``) must not wait for the write that it interrupts: it
+    leaves its line in the buffer, and that write sees to it at its end.
+    """
+
+    on_error = None
+
+    clock = staticmethod(time.time)  # wall clock; replaceable for tests
+
+    def __init__(self, directory: str, pattern: str, batch: int) -> None:
+        self.pid = os.getpid()
+        self.ledger = _Ledger()
+        self._lock = threading.Lock()  # guards all below but _buffer; held for a whole write
+        self._directory = directory
+        self._pattern = pattern  # for strftime
+        self._batch = batch
+        self._buffer: "Deque[bytes]" = collections.deque()  # lines accepted and not yet written; its steps are atomic
+        self._quarter = -1  # of an hour, since 1970: time zones differ by no less, so that long _path stays
+        self._path = ""
+        self._file: "Optional[_SharedFile]" = None
+        self.closed = False
+
+    def put(self, line: bytes) -> None:
+        """Accept *line* and write what makes a batch; where that fails, raise, keep what waited and not *line*."""
+        if self.closed:
+            raise _closed()
+        is_due = len(self._buffer) + 1 >= self._batch
+        if is_due and not _WRITES.interrupted():
+            self._write([line])
+            return
+        if not self._buffer:
+            _register(self)
+        self.ledger.add(accepted=1, pending=1)
+        self._buffer.append(line)
+        if is_due:
+            _WRITES.postpone(self)
+        if self.closed:  # by another thread, while we were here
+            self.close()
+
+    def flush(self, timeout: "Optional[float]" = None) -> None:
+        """Write what waits, or raise and keep it."""
+        if self._buffer and not _WRITES.interrupted():
+            self._write([])
+
+    def close(self, timeout: "Optional[float]" = None) -> None:
+        """Write what waits, then take no more; where that fails, raise with it in ``records`` and stay open."""
+        try:
+            self.flush()
+        except AnalysysPythonSdkFileException as error:
+            error.records = [json.loads(line.decode("utf-8")) for line in list(self._buffer)]
+            raise
+        self.closed = True
+        _OPEN.discard(self)
+        with self._lock:
+            self.disown()
+
+    def hurry(self) -> None:
+        """Nothing to hurry: there is no thread."""
+
+    def abandon(self) -> None:
+        """The collecter is gone: write what is left, at exit if it cannot be now."""
+        try:
+            self.close()
+        except AnalysysPythonSdkFileException as error:
+            _log("error", "%d records wait for exit: %s", len(error.records), error)
+
+    def disown(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def stats(self) -> "Dict[str, int]":
+        return self.ledger.stats()
+
+    def _write(self, more: "List[bytes]") -> None:
+        with _WRITES, self._lock:
+            waited = [self._buffer.popleft() for _ in range(len(self._buffer))]
+            path = self._path_now()
+            try:
+                if self._file is None or self._file.path != path:
+                    self.disown()
+                    self._file = _SharedFile(path)
+                self._file.append(b"".join(waited + more))
+            except BaseException as error:
+                self._buffer.extendleft(reversed(waited))
+                if isinstance(error, OSError):
+                    raise _unwritable(path, error) from error
+                raise
+            self.ledger.add(accepted=len(more), delivered=len(waited) + len(more), pending=-len(waited))
+
+    def _path_now(self) -> str:
+        now = self.clock()
+        if now // 900 != self._quarter:
+            self._quarter = int(now // 900)
+            self._path = os.path.join(self._directory, time.strftime(self._pattern, time.localtime(now)))
+        return self._path
+
+
+class _Writes(threading.local):
+    """The log files that this thread is writing to: `with` surrounds a write."""
+
+    depth = 0
+
+    def __init__(self) -> None:
+        self.postponed: "List[_LogFile]" = []
+
+    def interrupted(self) -> bool:
+        """Tell whether this thread is inside a write already."""
+        return self.depth > 0
+
+    def postpone(self, log: "_LogFile") -> None:
+        """Have *log* flushed when the write is over."""
+        self.postponed.append(log)
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: "Any") -> None:
+        self.depth -= 1
+        while self.postponed:
+            log = self.postponed.pop()
+            try:
+                log.flush()
+            except AnalysysPythonSdkFileException as error:
+                _log("error", "records wait for the next write: %s", error)
+
+
+_WRITES = _Writes()
+
+
+class _SharedFile:
+    """A file of lines that any number of processes append to; they take turns by a lock on it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = -1
+        self._identity = (-1, -1)
+        self._end = 0  # where our last append ended: nothing came after it if the file still has that size
+
+    def append(self, lines: bytes) -> None:
+        """Append *lines* (whole ones) as one, or raise OSError and leave no part of them."""
+        size = self._lock()
+        try:
+            if size != self._end and size > 0 and _read_at(self._fd, size - 1, 1) != b"\n":
+                lines = b"\n" + lines  # end the line that a killed writer left
+            _append(self._fd, size, lines)
+            self._end = size + len(lines)
+        finally:
+            _unlock_file(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _lock(self) -> int:
+        """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
+        for _ in range(100):
+            if self._fd < 0:
+                self._fd = _open_lines(self.path)
+                opened = os.fstat(self._fd)
+                self._identity, self._end = (opened.st_dev, opened.st_ino), 0
+            _lock_file(self._fd)
+            try:
+                now = os.stat(self.path)
+                if (now.st_dev, now.st_ino) == self._identity:
+                    return now.st_size
+            except FileNotFoundError:
+                pass
+            self.close()  # and so unlock it
+        raise OSError(errno.EBUSY, "renamed or deleted again and again")
+
+
+def _open_lines(path: str, mode: int = 0o666) -> int:
+    """Open a regular file for reading and appending, making it and its directory where they are missing."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    try:
+        fd = os.open(path, flags, mode)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        fd = os.open(path, flags, mode)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
+
+
+def _append(fd: int, size: int, data: bytes) -> None:
+    """Append all of *data* to a file of *size* bytes, or raise and leave the file as it was."""
+    written = 0
+    try:
+        while written < len(data):
+            written += os.write(fd, data[written:] if written else data)
+    except BaseException:
+        os.ftruncate(fd, size)
+        raise
+
+
+def _read_at(fd: int, offset: int, size: int) -> bytes:
+    os.lseek(fd, offset, os.SEEK_SET)  # appending does not mind
+    return os.read(fd, size)
+
+
+def _lock_file(fd: int) -> None:
+    """Lock an open file against other processes, waiting for them a while; raise OSError where that fails."""
+    deadline = time.monotonic() + _LOCK_TIMEOUT
+    pause = 0.0005
+    while True:
+        try:
+            if fcntl is not None:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            elif msvcrt is not None:
+                os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
+            if time.monotonic() > deadline:
+                raise OSError(error.errno, "another process has held its lock for %.0f s" % _LOCK_TIMEOUT) from None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.01)
+
+
+def _unlock_file(fd: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    elif msvcrt is not None:
+        os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+
+########################################################################################################################
+# Sender: the one place that decides what an answer means for a batch: delivered, retry, split, refused for good
+########################################################################################################################
+
+
+class _Sender:
+    """Sends what is at the head of a queue, in order, and settles it. One thread at a time may call attempt()."""
+
+    def __init__(self, transport: "_Transport", ledger: "_Ledger", encode: "Callable[[Any], bytes]") -> None:
+        import random
+
+        self.failing_since: "Optional[float]" = None  # monotonic; None while the last attempt succeeded
+        self.not_before = 0.0  # monotonic; end of the back-off
+        self.reason = ""  # of the last failure
+        self._transport = transport
+        self._ledger = ledger
+        self._encode = encode
+        self._clock = time.monotonic
+        self._random = random.Random()  # its own seed, also in a forked child
+        self._parts: "Deque[int]" = collections.deque()  # sizes of the requests that the batch in flight is cut into
+        self._limit = sys.maxsize  # records a request, learned from 413
+        self._failures = 0
+        self._next_warning = 0.0
+
+    def ask(self, items: "Any", timeout: float) -> "_Verdict":
+        """Send *items* in one request and say what became of them. Raises nothing. Any thread may call it."""
+        try:
+            text = self._encode(items)
+        except Exception as error:  # only a record that came to uploadData() by hand
+            return _Verdict(_REFUSED, "not JSON: %s" % error, None)
+        self._ledger.add(requests=1)
+        try:
+            verdict = _judge(self._transport.post(_pack(text), timeout))
+        except Exception as error:
+            verdict = _Verdict(_RETRY, "%s: %s" % (type(error).__name__, error), None)
+        if b'"$debug":1' in text or b'"$debug":2' in text:
+            _log_debug("answer for %d records: %s, %s", len(items), verdict.kind, verdict.reason)
+        if verdict.kind == _TOO_LARGE and len(items) == 1:
+            return verdict._replace(kind=_REFUSED)
+        return verdict
+
+    def attempt(self, queue: "Any", most: int, timeout: float) -> "Optional[AnalysysPythonSdkIllegalDataException]":
+        """Send one request for the head of *queue*, then settle, split or keep it.
+
+        Return the refusal of a single record, if there is one: the caller settles and reports it.
+        """
+        if not self._parts:
+            self._parts.append(queue.take(most))
+        if self._parts[0] > self._limit:
+            self._parts[0] -= self._limit
+            self._parts.appendleft(self._limit)
+        size = self._parts[0]
+        items = queue.head(size)
+        if not items:  # surrendered meanwhile
+            self._parts.clear()
+            return None
+        if self._failures:
+            self._ledger.add(retries=1)
+        verdict = self.ask(items, timeout)
+        if verdict.kind == _RETRY:
+            self._failed(verdict)
+            return None
+        self._recovered()
+        if verdict.kind == _TOO_LARGE:
+            self._limit = size // 2
+        elif verdict.kind == _REFUSED and size > 1:
+            self._parts[0] = size - size // 2
+            self._parts.appendleft(size // 2)
+        elif verdict.kind == _REFUSED:
+            self._parts.popleft()
+            if self._limit == 1:  # it was this record that was too large, not the number of them
+                self._limit = sys.maxsize
+            return AnalysysPythonSdkIllegalDataException("refused for good: " + verdict.reason, items)
+        else:
+            self._parts.popleft()
+            queue.settle(size)
+        return None
+
+    def state(self) -> str:
+        """Say why records wait."""
+        if self.failing_since is None:
+            return "the server has not answered yet"
+        return "the server has been failing for %.1f s (%s)" % (self._clock() - self.failing_since, self.reason)
+
+    def _failed(self, verdict: "_Verdict") -> None:
+        now = self._clock()
+        self._failures += 1
+        self.reason = verdict.reason
+        if self.failing_since is None:
+            self.failing_since = now
+            self._next_warning = now
+        if verdict.wait is None:
+            longest = min(_LAST_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._failures, 20))
+            self.not_before = now + self._random.uniform(_FIRST_BACKOFF, longest)
+        else:
+            self.not_before = now + verdict.wait
+        if now >= self._next_warning:
+            self._next_warning = now + _WARN_EVERY
+            _log("warning", "nothing is lost, but not delivered: %s", self.state())
+
+    def _recovered(self) -> None:
+        self._failures, self.failing_since, self.not_before = 0, None, 0.0
+
+
+class _Signal:
+    """Wakes threads that wait for a condition. Takes no lock, so that __del__ and signal handlers may notify."""
+
+    def __init__(self) -> None:
+        self._sleepers: "Deque[Any]" = collections.deque()  # a locked lock each; whoever takes one out releases it
+
+    def wait_for(self, condition: "Callable[[], bool]", deadline: float) -> bool:
+        """Return whether *condition* came true before *deadline* (monotonic; infinity for none)."""
+        while True:
+            sleeper = threading.Lock()
+            sleeper.acquire()
+            self._sleepers.append(sleeper)  # before looking, so that no change is missed
+            try:
+                if condition():
+                    return True
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                sleeper.acquire(timeout=min(left, _LONGEST_WAIT))
+            finally:
+                try:
+                    self._sleepers.remove(sleeper)
+                except ValueError:
+                    pass
+
+    def notify(self) -> None:
+        """Let all waiting threads look at their conditions again."""
+        try:
+            while True:
+                self._sleepers.popleft().release()
+        except IndexError:
+            pass
+
+
+class _Worker:
+    """Sends from a queue in the background; in the caller's thread where no thread can be started.
+
+    The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        request_timeout: float,
+        ssl_context: "Any",
+        headers: "Dict[str, str]",
+        interval: float,
+        due_size: int,
+        request_size: int,
+        queue_size: int,
+        on_error: "OnError",
+    ) -> None:
+        self.pid = os.getpid()
+        self.closed = False  # takes no more records
+        self.on_error = on_error
+        self._clock = time.monotonic
+        self._timeout = request_timeout
+        self._interval = interval
+        self._due_size = due_size
+        self._request_size = request_size
+        self._queue = _MemoryQueue(queue_size, self._clock)
+        self._transport = _Transport(url, ssl_context, headers)
+        self._sender = _Sender(self._transport, self._queue.ledger, self._queue.encode)
+        self.stats = self._queue.stats
+        self.disown = self._transport.disown
+        self._gate = threading.Lock()  # closed while the thread has nothing to do; _wake() opens it
+        self._gate.acquire()
+        self._wake_at = 1  # number of waiting records that opens the gate; out of reach while the thread is awake
+        self._settled = _Signal()  # for flush() and for callers that wait for room
+        self._turn = threading.Lock()  # held by the thread that is sending, requests included
+        self._starting = threading.Lock()  # held by the thread that starts the worker's
+        self._here = threading.local()  # .sending: whether this thread is sending or reporting
+        self._thread: "Optional[threading.Thread]" = None
+        self._urgent = False  # an alias waits
+        self._goal = 0  # all up to this many accepted records are due; grows under the ledger's lock
+        self._next_cut = 0.0
+        self._reporting = False  # a refusal is settled, but not yet reported
+        self._abandoned = False
+        self._ended = False  # sends no more
+
+    # What callers do
+
+    def put(self, record: "Record") -> None:
+        """Accept *record*, waiting for room if need be, and see to it that it will be sent."""
+        if self.closed:
+            raise _closed()
+        try:
+            urgent = record["xwhat"] == _ALIAS
+        except (TypeError, KeyError):
+            raise _illegal("record", record, "must be a dict with the key xwhat") from None
+        if not self._queue.put(record):
+            self._wait_for_room(record)
+        if self.closed and self._queue.take_back(record):
+            raise _closed()
+        if urgent:
+            self._urgent = True
+        if self._thread is None:
+            self._start()
+        elif urgent or self._queue.waiting() >= self._wake_at:
+            self._wake()
+
+    def flush(self, timeout: "Optional[float]") -> None:
+        """Return when all that is accepted by now is settled; raise where that is not so within *timeout* seconds."""
+        deadline = float("inf") if timeout is None else self._clock() + timeout
+        with self._queue.ledger.lock:
+            goal = self._queue.accepted()
+            self._goal = max(self._goal, goal)
+        self.hurry()
+
+        def is_done() -> bool:
+            return self._ended or self._queue.settled() >= goal and not self._reporting
+
+        while not is_done() and not self._is_sending():
+            if self._thread is None:
+                self._start(deadline)
+            wait_until = deadline if self._thread else min(deadline, max(self._sender.not_before, self._clock() + 0.01))
+            if not self._settled.wait_for(is_done, wait_until) and self._clock() >= deadline:
+                break
+        if not is_done():
+            message = "%d records are not delivered: %s" % (self._queue.pending(), self._sender.state())
+            raise AnalysysPythonSdkNetworkException(message)
+
+    def close(self, timeout: "Optional[float]") -> None:
+        """Flush and end; raise with what is not delivered in ``records``."""
+        with self._queue.ledger.lock:
+            if self.closed:
+                return
+            self.closed = True
+        self._settled.notify()  # those who wait for room wait in vain
+        began = self._clock()
+        problem = None
+        try:
+            self.flush(timeout)
+        except AnalysysPythonSdkNetworkException as error:
+            problem = error
+        self._ended = True
+        left = self._queue.surrender()
+        thread = self._thread
+        self._settled.notify()
+        self._wake()
+        if thread is None:
+            self._end()
+        elif problem is None and not self._is_sending():
+            thread.join(None if timeout is None else max(0.0, timeout - (self._clock() - began)))
+        if left:
+            message = str(problem) if problem else "%d records came while the collecter was closed" % len(left)
+            raise AnalysysPythonSdkNetworkException(message, left)
+
+    def hurry(self) -> None:
+        """Make all that waits due, and cut a running back-off short, though not too often."""
+        with self._queue.ledger.lock:
+            self._goal = max(self._goal, self._queue.accepted())
+            now = self._clock()
+            if now >= self._next_cut:
+                self._next_cut = now + _CUT_EVERY
+                self._sender.not_before = 0.0
+        self._wake()
+
+    def abandon(self) -> None:
+        """The collecter is gone: deliver what is left, then end."""
+        self._abandoned = True
+        self._wake()
+        if self._thread is None and not self._queue.pending():
+            self._end()
+
+    def report(self, error: "AnalysysPythonSdkException") -> None:
+        """Report records that were given up. Never called under a lock."""
+        if self.on_error is not None:
+            _tell(self.on_error, error, error.records)
+        else:
+            _log("error", "%d records are lost: %s", len(error.records), error)
+
+    def _wait_for_room(self, record: "Record") -> None:
+        is_in = False
+
+        def is_over() -> bool:
+            nonlocal is_in
+            is_in = self._queue.put(record)
+            return is_in or self.closed or self._sender.failing_since is not None
+
+        if self._thread is None:
+            self._start()
+        self._wake()
+        patience = 0.0 if self._is_sending() else self._timeout
+        self._settled.wait_for(is_over, self._clock() + patience)
+        if not is_in and self.closed:
+            raise _closed()
+        if not is_in:
+            message = "the queue is full: %d records wait; %s" % (self._queue.pending(), self._sender.state())
+            raise AnalysysPythonSdkNetworkException(message, [record])
+
+    def _is_sending(self) -> bool:
+        return getattr(self._here, "sending", False)
+
+    def _wake(self) -> None:
+        self._wake_at = sys.maxsize
+        try:
+            self._gate.release()
+        except RuntimeError:  # it is open already
+            pass
+
+    # What the sending thread does
+
+    def _start(self, deadline: float = float("inf")) -> None:
+        """Start the thread; where none can be started, send in this one what can be sent."""
+        if not self._starting.acquire(False):
+            return  # another call is at it
+        try:
+            if self._thread is not None:
+                return
+            _register(self)
+            try:
+                self._thread = threading.Thread(target=self._run, name="analysys-sender", daemon=True)
+                self._thread.start()
+            except BaseException as error:
+                self._thread = None
+                if not isinstance(error, RuntimeError):
+                    raise
+        finally:
+            self._starting.release()
+        while (
+            self._thread is None
+            and not self._is_sending()
+            and self._clock() < deadline
+            and self._seconds_to_next() == 0
+            and self._turn.acquire(False)
+        ):
+            self._send(deadline)
+
+    def _run(self) -> None:
+        try:
+            while not self._ended and not (self._abandoned and not self._queue.pending()):
+                self._wake_at = self._due_size if self._queue.waiting() else 1
+                wait = self._seconds_to_next()
+                if wait == 0:
+                    self._wake_at = sys.maxsize
+                    self._turn.acquire()
+                    self._send(float("inf"))
+                else:
+                    self._gate.acquire(timeout=min(wait, _LONGEST_WAIT))
+        finally:
+            self._thread = None
+        self._end()
+
+    def _end(self) -> None:
+        self._transport.close()
+        _OPEN.discard(self)
+
+    def _seconds_to_next(self) -> float:
+        """Return how long there is nothing to do: 0 where something is due."""
+        if self._urgent:
+            self._urgent = False
+            with self._queue.ledger.lock:
+                self._goal = max(self._goal, self._queue.accepted())
+        if self._ended or not self._queue.pending():
+            return float("inf")
+        at = self._queue.oldest() + self._interval
+        if (
+            self._queue.waiting() >= self._due_size
+            or self._queue.settled() < self._goal
+            or self._queue.pending() > self._queue.waiting()
+            or self._queue.is_full()
+            or self._abandoned
+            or self._thread is None
+        ):
+            at = 0.0
+        return max(0.0, max(at, self._sender.not_before) - self._clock())
+
+    def _send(self, deadline: float) -> None:
+        """Send one request. The caller holds the turn, which ends here."""
+        refusal = None
+        self._here.sending = True
+        try:
+            try:
+                timeout = min(self._timeout, deadline - self._clock())
+                if timeout > 0 and not self._ended and self._queue.pending():
+                    refusal = self._sender.attempt(self._queue, self._request_size, timeout)
+                if refusal is not None:
+                    self._reporting = True
+                    if not self._queue.settle(1, refusal):
+                        refusal = None
+            finally:
+                self._turn.release()
+            if refusal is not None:
+                self.report(refusal)
+        finally:
+            self._reporting = False
+            self._here.sending = False
+            self._settled.notify()
+
+
+########################################################################################################################
+# Collecters: thin compositions of the parts above
+########################################################################################################################
+
+
+class _Collecter:
+    """What the collecters share: a configuration that can be pickled, and a state for each process.
+
+    A forked child must not touch what its parent had at the moment of the fork: queued records, locks that a thread of
+    it held, connections, descriptors. So each process has a state of its own, made when it is first asked for.
+    """
+
+    _State: "Any" = None  # the class of the states; made of the configuration
+
+    def _start(self, config: "Record", closed: bool = False) -> None:
+        self._config = config
+        self._closed = closed
+        self._states: "Dict[int, Any]" = {}
+        self._state()
+
+    def uploadData(self, record: "Record") -> None:
+        """Take one record; what that means is the collecter's to say. The record is the collecter's from then on."""
+        self._state().put(record)
+
+    def flush(self, timeout: "Optional[float]" = 10) -> None:
+        """Return when all records accepted so far are delivered, refused for good or written; raise where they are not.
+
+        *timeout* bounds the call in all, in seconds; None waits without limit.
+        """
+        self._state().flush(_check("timeout", timeout))
+
+    def close(self, timeout: "Optional[float]" = 10) -> None:
+        """Flush and end. What could not be delivered is in the exception's ``records``. Again: does nothing."""
+        seconds = _check("timeout", timeout)
+        state = self._state()
+        try:
+            state.close(seconds)
+        finally:
+            self._closed = state.closed
+
+    def stats(self) -> "Dict[str, int]":
+        """Return the counts of this process: at any moment accepted (+ adopted) = delivered + rejected + pending."""
+        counts: "Dict[str, int]" = self._state().stats()
+        return counts
+
+    def __del__(self) -> None:
+        state = self.__dict__.get("_states", {}).get(os.getpid())
+        if state is not None and not self._closed:
+            state.abandon()
+
+    def __getstate__(self) -> "Record":
+        if self._config.get("ssl_context") is not None:
+            raise TypeError("a collecter with an ssl_context cannot be pickled: make it in the worker process")
+        return {"config": self._config, "closed": self._closed}
+
+    def __setstate__(self, pickled: "Record") -> None:
+        self._start(pickled["config"], pickled["closed"])
+
+    def _state(self) -> "Any":
+        pid = os.getpid()
+        state = self._states.get(pid)
+        return state if state is not None else self._new_process(pid)
+
+    def _new_process(self, pid: int) -> "Any":
+        fresh = self._State(**self._config)
+        fresh.closed = self._closed
+        state = self._states.setdefault(pid, fresh)  # one step: where several threads come here, one state stays
+        for other in [other for other in list(self._states) if other != pid]:
+            parents = self._states.pop(other, None)
+            if parents is not None:
+                parents.disown()
+        return state
+
+
+def _http_config(
+    server_url: str, request_timeout: "Optional[float]", ssl_context: "Optional[ssl.SSLContext]", headers: "Any"
+) -> "Record":
+    """Check the arguments that concern HTTP and return them as a part of the configuration."""
+    if ssl_context is not None:
+        import ssl
+
+        if not isinstance(ssl_context, ssl.SSLContext):
+            raise _illegal("ssl_context", ssl_context, "must be an ssl.SSLContext or None")
+    seconds = _REQUEST_TIMEOUT if request_timeout is None else request_timeout
+    return {
+        "url": _url(server_url),
+        "request_timeout": _check("request_timeout", seconds, "seconds"),
+        "ssl_context": ssl_context,
+        "headers": _http_headers(headers),
+    }
+
+
+class DefaultCollecter(_Collecter):
+    """Sends each record at once, in the caller's thread, in one request and one attempt.
+
+    The call returns after the server accepted the record. It raises AnalysysPythonSdkNetworkException where the record
+    is not delivered and AnalysysPythonSdkIllegalDataException, with the server's message, where the server refused it
+    for good; both have it in ``records``.
+
+    - *server_url*: ``http(s)://host[:port][/path]``; ``/up`` is appended unless it is there.
+    - *request_timeout*: seconds for a whole request; None: 10.
+    - *ssl_context*: an `ssl.SSLContext`, for a private CA; certificates and host names are verified without one.
+    - *headers*: dict of str to str, added to each request.
+    """
+
+    def __init__(
+        self,
+        server_url: str,
+        request_timeout: "Optional[float]" = None,
+        *,
+        ssl_context: "Optional[ssl.SSLContext]" = None,
+        headers: "Optional[Dict[str, str]]" = None
+    ) -> None:
+        self._start(_http_config(server_url, request_timeout, ssl_context, headers))
+
+
+class _Direct:
+    """The state of a DefaultCollecter: no queue."""
+
+    def __init__(self, url: str, request_timeout: float, ssl_context: "Any", headers: "Dict[str, str]") -> None:
+        self.closed = False
+        self._timeout = request_timeout
+        self._ledger = _Ledger()
+        self._transport = _Transport(url, ssl_context, headers)
+        self._sender = _Sender(self._transport, self._ledger, _array)
+        self.stats = self._ledger.stats
+        self.disown = self._transport.disown
+
+    def put(self, record: "Record") -> None:
+        if self.closed:
+            raise _closed()
+        self._ledger.add(accepted=1, pending=1)
+        became = "rejected"
+        try:
+            verdict = self._sender.ask([record], self._timeout)
+            if verdict.kind == _DELIVERED:
+                became = "delivered"
+        finally:
+            self._ledger.add(pending=-1, **{became: 1})
+        if verdict.kind == _REFUSED:
+            raise AnalysysPythonSdkIllegalDataException("refused for good: " + verdict.reason, [record])
+        if verdict.kind != _DELIVERED:
+            raise AnalysysPythonSdkNetworkException("not delivered: " + verdict.reason, [record])
+
+    def flush(self, timeout: "Optional[float]") -> None:
+        """Nothing waits: each call returns after its record is delivered."""
+
+    def close(self, timeout: "Optional[float]") -> None:
+        self.closed = True
+        self._transport.close()
+
+    def abandon(self) -> None:
+        self._transport.close()
+
+
+DefaultCollecter._State = _Direct
+
+
+class BatchCollecter(_Collecter):
+    """Takes records into a queue and sends them in batches from a background thread, in order.
+
+    A request goes out when *queue_cache_max_size* records wait, *max_interval_time* seconds after the oldest of them
+    came, when the queue is full, and at once for an alias; it carries at most *collecter_max_size* records. What is not
+    delivered is sent again until it is; what the server refuses for good goes to ``on_error(exception, records)``, or
+    to the log. Delivery is at least once.
+
+    A full queue holds the caller back until there is room, at most *request_timeout* seconds, and raises
+    AnalysysPythonSdkNetworkException at once while the server is failing; the record that was not taken is in its
+    ``records``.
+
+    - *queue_max_size*: records in the queue, the batch in flight included.
+    - *server_url*, *request_timeout*, *ssl_context*, *headers*: as for DefaultCollecter.
+    """
+
+    def __init__(
+        self,
+        server_url: str,
+        max_interval_time: float = 15,
+        queue_cache_max_size: int = 10,
+        collecter_max_size: int = 100,
+        queue_max_size: int = 1000,
+        request_timeout: "Optional[float]" = None,
+        *,
+        ssl_context: "Optional[ssl.SSLContext]" = None,
+        headers: "Optional[Dict[str, str]]" = None,
+        spool_path: "Optional[str]" = None,
+        spool_max_bytes: int = 1 << 30,
+        on_error: "OnError" = None
+    ) -> None:
+        config = _http_config(server_url, request_timeout, ssl_context, headers)
+        config["interval"] = _check("max_interval_time", max_interval_time, "seconds")
+        config["due_size"] = _check("queue_cache_max_size", queue_cache_max_size, "size")
+        config["request_size"] = _check("collecter_max_size", collecter_max_size, "size")
+        config["queue_size"] = _check("queue_max_size", queue_max_size, "size")
+        config["on_error"] = _check("on_error", on_error)
+        self._start(config)
+
+
+BatchCollecter._State = _Worker
+
+
+class LogCollecter(_Collecter):
+    """Writes each record as one line of JSON to ``datas_YYYYMMDDHH.log`` in *log_path*, by local time.
+
+    Any number of threads and processes may write to one directory, on a local file system. `python3 analysys.py upload`
+    delivers the files. A write that fails raises AnalysysPythonSdkFileException and has not taken its record.
+
+    - *is_batch*: bool; write *batch_num* records together. The rest is written by flush, close and a normal exit.
+    - *general_rule*: "hour", or "day" for ``datas_YYYYMMDD.log``, in any case.
+    """
+
+    def __init__(
+        self,
+        log_path: "Union[str, os.PathLike[str]]",
+        is_batch: bool = False,
+        batch_num: int = 20,
+        general_rule: str = "hour",
+    ) -> None:
+        batch = _check("batch_num", batch_num, "size")
+        self._start(
+            {
+                "directory": os.path.abspath(_check("log_path", log_path)),
+                "pattern": _check("general_rule", general_rule),
+                "batch": batch if _check("is_batch", is_batch) else 1,
+            }
+        )
+
+    def uploadData(self, record: "Record") -> None:
+        """Write one record, or put it with the batch."""
+        try:
+            line = _line(record)
+        except Exception as error:
+            raise _illegal("record", record, "must be JSON: %s" % error) from None
+        self._state().put(line)
+
+
+LogCollecter._State = _LogFile
+
+
+########################################################################################################################
+# Process hooks: delivery at exit
+########################################################################################################################
+
+# States with records that are not delivered, of this process and, in a forked child, of its parent. Not weak: they
+# outlive their collecters until they are done. The steps of a set are atomic.
+_OPEN: "set[Any]" = set()
+_HOOKED: "set[int]" = set()  # processes that have the hook
+
+
+def _register(state: "Any") -> None:
+    """Have *state* closed when this process exits."""
+    _OPEN.add(state)
+    pid = os.getpid()
+    if pid in _HOOKED:
+        return
+    if not _HOOKED:
+        import atexit
+
+        atexit.register(_deliver_at_exit)  # forked children inherit it
+    _HOOKED.add(pid)
+    # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process.
+    process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
+    if process and util and type(process.current_process()).__name__ != "_MainProcess":
+        util.Finalize(None, _deliver_at_exit, exitpriority=0)
+
+
+def _deliver_at_exit() -> None:
+    """Close all that is open, within `_EXIT_TIMEOUT` in all; report what could not be delivered."""
+    deadline = time.monotonic() + _EXIT_TIMEOUT
+    states = [state for state in list(_OPEN) if state.pid == os.getpid()]
+    for state in states:
+        state.hurry()
+    lost, why = 0, None
+    for state in states:
+        try:
+            state.close(max(0.0, deadline - time.monotonic()))
+        except AnalysysPythonSdkException as error:
+            if state.on_error is not None:
+                _tell(state.on_error, error, error.records)
+            else:
+                lost, why = lost + len(error.records), error
+    if lost:
+        _log("error", "%d records were not delivered at exit: %s", lost, why)
+
+
+########################################################################################################################
+# Receiver: a server for tests and for looking at what arrives
+########################################################################################################################
+
+_MAX_BODY = 16 * 1024 * 1024  # bytes of a request's body
+_MAX_TEXT = 64 * 1024 * 1024  # bytes in it, decompressed
+
+
+class Receiver:
+    """A small HTTP server that accepts records at ``/up`` as the platform does, checks them, and keeps them.
+
+        with Receiver() as server:
+            tracker = AnalysysPythonSdk(DefaultCollecter(server.url))
+            ...
+            assert server.records == [...]
+
+    *host* and *port* (0: a free one) say where it listens. ``url`` is the address to give to a collecter and
+    ``records`` the list of what was accepted, in the order of arrival. A request with one bad record is refused whole.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        import http.server
+        import socket
+        import socketserver
+
+        self.records: "List[Record]" = []
+        self._connections: "set[Any]" = set()  # open ones; closed with the server
+        how = {"daemon_threads": True, "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET}
+        server = type("_Server", (socketserver.ThreadingMixIn, http.server.HTTPServer), how)
+        self._server: "Any" = server((host, port), _handler(self))
+        shown = "[%s]" % host if ":" in host else host
+        self.url = "http://%s:%d" % (shown, self._server.server_address[1])
+        self._thread: "Optional[threading.Thread]" = None
+
+    def __enter__(self) -> "Receiver":
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: "Any") -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening and close all connections."""
+        if self._thread is not None:
+            self._server.shutdown()
+            self._thread.join()
+            self._thread = None
+        self._server.server_close()
+        for connection in list(self._connections):
+            _hang_up(connection)
+
+    def accept(self, body: bytes) -> "Tuple[int, Record]":
+        """Take the body of a request; return the HTTP status and the JSON object to answer."""
+        try:
+            text = body if body.lstrip()[:1] == b"[" else _unpack(body, _MAX_TEXT)
+            records = json.loads(text.decode("utf-8"))
+            if not isinstance(records, list) or not records:
+                raise ValueError("the body must be an array of records")
+            for number, record in enumerate(records):
+                try:
+                    _check_record(record)
+                except AnalysysPythonSdkIllegalDataException as error:
+                    raise ValueError("record %d: %s" % (number, error)) from None
+        except (ValueError, RecursionError) as error:
+            return 200, {"code": 400, "msg": str(error)}
+        self.records.extend(records)
+        return 200, {"code": 200}
+
+
+def _hang_up(connection: "Any") -> None:
+    import socket
+
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+def _handler(receiver: Receiver) -> "Any":
+    """Return the class that handles the requests to *receiver*."""
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+        timeout = 60  # seconds for a silent connection
+        wbufsize = -1  # one packet an answer
+
+        def setup(self) -> None:
+            super().setup()
+            receiver._connections.add(self.connection)
+
+        def finish(self) -> None:
+            receiver._connections.discard(self.connection)
+            try:
+                super().finish()
+            except OSError:  # the client is gone
+                pass
+
+        def do_POST(self) -> None:
+            length = self.headers.get("Content-Length", "")
+            if not self.path.split("?")[0].endswith("/up"):
+                self._answer(404, {"code": 404, "msg": "records go to /up"})
+            elif not length.isdigit():
+                self._answer(411, {"code": 411, "msg": "Content-Length is missing"})
+            elif int(length) > _MAX_BODY:
+                self._answer(413, {"code": 413, "msg": "a body has at most %d bytes" % _MAX_BODY})
+            else:
+                self._answer(*receiver.accept(self.rfile.read(int(length))))
+
+        def _answer(self, status: int, told: "Record") -> None:
+            self.close_connection = self.close_connection or status != 200  # the body may be unread
+            payload = json.dumps(told).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(payload)))
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, format: str, *args: "Any") -> None:
+            """Keep quiet: `records` says it all."""
+
+    return Handler
+
+
+########################################################################################################################
+# Command line
+########################################################################################################################
+
+_DONE, _SOME_REJECTED, _NOT_DELIVERED, _WRONG_USAGE = 0, 1, 2, 64  # exit statuses: C8
+
+
+def main(argv: "Optional[List[str]]" = None) -> int:
+    """Run the command line with *argv* (None: that of the process) and return its exit status."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="analysys", description="Server-side events for Analysys Ark.")
+    parser.add_argument("--version", action="store_true", help="show the version, the file's SHA-256 and the Python")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    demo = commands.add_parser("demo", help="run the product document's scenario on this machine")
+    demo.set_defaults(run=_demo)
+    stderr, sys.stderr = sys.stderr, io.StringIO()  # argparse's usage lines; its last line says what is wrong
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        if not stop.code:
+            return _DONE
+        said, sys.stderr = sys.stderr.getvalue(), stderr
+        _print(said.strip().splitlines()[-1], sys.stderr)
+        return _WRONG_USAGE
+    finally:
+        sys.stderr = stderr
+    if arguments.version:
+        _print("analysys %s, SHA-256 %s, Python %s" % (__version__, _fingerprint(), sys.version.split()[0]))
+        return _DONE
+    if arguments.command is None:
+        _print(parser.format_help().rstrip())
+        return _DONE
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _print(text: str, file: "Any" = None) -> None:
+    """Print *text*, also on a terminal that cannot show all of it."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+def _fingerprint() -> str:
+    """Return the SHA-256 of this file: people copy it and want to know which one they have."""
+    import hashlib
+
+    try:
+        source = globals()["__loader__"].get_data(__file__)  # from a zip, too
+    except (KeyError, OSError, AttributeError):
+        return "unknown"
+    return hashlib.sha256(source).hexdigest()
+
+
+def _demo(arguments: "Any") -> int:
+    """Run the scenario through all three collecters and show what arrived."""
+    import tempfile
+
+    sent = received = 0
+    with tempfile.TemporaryDirectory() as directory, Receiver() as server:
+        for name, collecter in (
+            ("DefaultCollecter", DefaultCollecter(server.url)),
+            ("BatchCollecter", BatchCollecter(server.url)),
+            ("LogCollecter", LogCollecter(directory)),
+        ):
+            before = len(server.records)
+            with AnalysysPythonSdk(collecter) as tracker:
+                _scenario(tracker)
+            arrived = server.records[before:]
+            for file in sorted(os.listdir(directory)):
+                with io.open(os.path.join(directory, file), encoding="utf-8") as lines:
+                    arrived += [json.loads(line) for line in lines]
+            _print("%s: %d sent, %d received" % (name, collecter.stats()["accepted"], len(arrived)))
+            _print_table(arrived)
+            sent, received = sent + collecter.stats()["accepted"], received + len(arrived)
+    _print("%d sent, %d received" % (sent, received))
+    return _DONE if received == sent == 18 else _NOT_DELIVERED
+
+
+def _scenario(tracker: AnalysysPythonSdk) -> None:
+    """Section 5 of the product document: a visitor looks, registers, logs in, and buys."""
+    visitor, user, platform = "ABCD123456", "zhangsan", "js"
+    tracker.setAppId("fangzhouargo")
+    goods = {
+        "commodity_name": "跑步机",
+        "commodity_brand": "zhonghua",
+        "commodity_price": 5000,
+        "commodity_quality": True,
+        "commodity_function": ["run", "记录心率"],
+    }
+    tracker.track(visitor, "SearchCommodity", goods, platform, is_login=False)
+    tracker.track(visitor, "register", None, platform, is_login=False)
+    tracker.alias(user, visitor, platform)
+    profile = {
+        "sex": "男",
+        "phonenumber": "13966667777",
+        "email": "zhangsan@example.com",
+        "hobby": ["basketball", "听音乐", "mountain-climbing"],
+        "is_female": False,
+    }
+    tracker.profile_set(user, profile, platform, is_login=True)
+    tracker.registerSuperProperties(
+        {"commodity_name": "减肥药", "commodity_brand": "luomiou", "commodity_price": 1000, "commodity_quality": True}
+    )
+    tracker.track(user, "purchase", {"Referer": "gouwuche"}, platform, is_login=True)
+    tracker.track(user, "payment", {"pay_usage": "Wechat"}, platform, is_login=True)
+
+
+def _print_table(records: "List[Record]") -> None:
+    """Print one line a record: when, who, what, platform, login, properties."""
+    rows = [("time", "who", "what", "platform", "login", "properties")]
+    for record in records:
+        context = record["xcontext"]
+        own = {name: value for name, value in context.items() if name not in _CONTEXT_RULES or name == "$original_id"}
+        when = time.strftime("%H:%M:%S", time.localtime(record["xwhen"] / 1000))
+        login = "yes" if context["$is_login"] else "no"
+        rows.append((when, record["xwho"], record["xwhat"], context["$platform"], login, _encode(own)))
+    widths = [max(_width(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        cells = [cell + " " * (width - _width(cell)) for cell, width in zip(row, widths)]
+        _print("  " + "  ".join(cells + [row[5]]))
+    _print("")
+
+
+def _width(text: str) -> int:
+    """Return how many columns a terminal takes to show *text*."""
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
