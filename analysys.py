@@ -126,6 +126,15 @@ _MAX_HEADERS = 64 * 1024  # bytes read before the answer's body, beyond those
 _CUT_EVERY = 1.0  # seconds between two back-offs that flush() may cut short: C6
 _WARN_EVERY = 60.0  # seconds between warnings in an outage: C5
 _EXIT_TIMEOUT = 10.0  # seconds at exit, for all collecters together: C6
+_MAX_LINE = 8 * 1024 * 1024  # bytes of one line in a file; a longer one is damaged
+_ROLL_SIZE = 16 * 1024 * 1024  # bytes of a spool file: C6
+_LOOK_EVERY = 5.0  # seconds between two looks for files whose owner is gone: C6
+_HASHED = 4096  # bytes at its beginning that a file is known by
+_GIVE_UP = 30.0  # seconds that upload bears a failing server, unless it follows
+_FOLLOW_EVERY = 1.0  # seconds between two looks at followed files
+_LOG_FILE = re.compile(r"datas_\d+\.log(\..+)?")  # what LogCollecter writes, and what logrotate and gzip make of it
+_SPOOL_LOCK = re.compile(r"\d{13,}-\d+-[0-9a-f]{8}\.lock")
+_SPOOL_FILE = re.compile(r"\d{13,}-\d+-[0-9a-f]{8}\.\d{6,}\.log")
 _LOCKED_BYTE = 1 << 62  # the byte that Windows locks, far beyond any file's end
 _LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's lock
 _LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
@@ -150,6 +159,8 @@ class AnalysysPythonSdkException(Exception):
 class AnalysysPythonSdkIllegalDataException(AnalysysPythonSdkException, ValueError):
     """Data that will never be accepted: a bad argument, or records that the platform refused for good."""
 
+    rule = ""  # what was broken, without the value
+
 
 class AnalysysPythonSdkNetworkException(AnalysysPythonSdkException):
     """Records that are not delivered: the server fails, is silent, or there was no room or time left."""
@@ -160,7 +171,9 @@ class AnalysysPythonSdkFileException(AnalysysPythonSdkException, OSError):
 
 
 def _illegal(argument: str, value: object, rule: str) -> AnalysysPythonSdkIllegalDataException:
-    return AnalysysPythonSdkIllegalDataException("%s is %s: it %s" % (argument, _shown(value), rule))
+    error = AnalysysPythonSdkIllegalDataException("%s is %s: it %s" % (argument, _shown(value), rule))
+    error.rule = "%s %s" % (argument, rule)
+    return error
 
 
 def _closed() -> AnalysysPythonSdkException:
@@ -1224,6 +1237,7 @@ class _MemoryQueue:
     """
 
     encode = staticmethod(_array)
+    rounds = float("inf")  # seconds between two calls of look_around()
 
     def __init__(self, max_size: int, clock: "Callable[[], float]") -> None:
         self.ledger = _Ledger()  # its lock guards what follows, but for put(), whose steps are atomic
@@ -1232,6 +1246,7 @@ class _MemoryQueue:
         self._waiting: "Deque[Tuple[float, Record]]" = collections.deque()  # (when it came, record)
         self._inflight: "List[Record]" = []
         self._surrendered = False
+        self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; the worker reports them
 
     def put(self, record: "Record") -> bool:
         """Accept *record*, or return False where the queue is full."""
@@ -1264,16 +1279,24 @@ class _MemoryQueue:
         """Return the first *number* records in flight."""
         return self._inflight[:number]
 
-    def settle(self, number: int, error: "Optional[Exception]" = None) -> bool:
-        """Let go of the first *number* in flight: delivered, or rejected with *error*. False: surrendered before."""
+    @staticmethod
+    def decode(items: "List[Record]") -> "List[Record]":
+        """Return what head() returned as records."""
+        return items
+
+    def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
+        """Let go of the first *number* in flight: delivered, or rejected with *error*."""
         with self.ledger.lock:
-            if self._surrendered:
-                return False
+            if self._surrendered:  # and reported by whoever took them
+                return
             del self._inflight[:number]
             self._free.extend([None] * number)
-            changes = {"rejected" if error else "delivered": number}
-            self.ledger.add(pending=-number, **changes)
-        return True
+            if error is not None:
+                self.refusals.append(error)
+            self.ledger.add(pending=-number, **{"rejected" if error else "delivered": number})
+
+    def disown(self) -> None:
+        """Let go of descriptors: there are none."""
 
     def surrender(self) -> "List[Record]":
         """Give up all that is not delivered, counting it as rejected, and return it in order."""
@@ -1283,8 +1306,15 @@ class _MemoryQueue:
             self.ledger.add(rejected=len(left), pending=-len(left))
         return left
 
-    def is_full(self) -> bool:
-        return not self._free
+    def look_around(self) -> None:
+        """Look for records that others left: in memory there are none."""
+
+    def is_due(self, size: int) -> bool:
+        """Tell whether there is something to send whatever its age: *size* waiting, or what was tried before."""
+        return len(self._waiting) >= size or not self._free or bool(self._inflight)
+
+    def is_empty(self) -> bool:
+        return not self._waiting and not self._inflight
 
     def waiting(self) -> int:
         """Return how many records wait that are not in flight."""
@@ -1296,9 +1326,6 @@ class _MemoryQueue:
             return self._waiting[0][0]
         except IndexError:
             return self._clock()
-
-    def pending(self) -> int:
-        return self.stats()["pending"]
 
     def accepted(self) -> int:
         return self.stats()["accepted"]
@@ -1451,8 +1478,9 @@ _WRITES = _Writes()
 class _SharedFile:
     """A file of lines that any number of processes append to; they take turns by a lock on it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, mode: int = 0o666) -> None:
         self.path = path
+        self._mode = mode  # of a new file
         self._fd = -1
         self._identity = (-1, -1)
         self._end = 0  # where our last append ended: nothing came after it if the file still has that size
@@ -1477,7 +1505,7 @@ class _SharedFile:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
         for _ in range(100):
             if self._fd < 0:
-                self._fd = _open_lines(self.path)
+                self._fd = _open_lines(self.path, self._mode)
                 opened = os.fstat(self._fd)
                 self._identity, self._end = (opened.st_dev, opened.st_ino), 0
             _lock_file(self._fd)
@@ -1491,7 +1519,7 @@ class _SharedFile:
         raise OSError(errno.EBUSY, "renamed or deleted again and again")
 
 
-def _open_lines(path: str, mode: int = 0o666) -> int:
+def _open_lines(path: str, mode: int) -> int:
     """Open a regular file for reading and appending, making it and its directory where they are missing."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -1513,7 +1541,8 @@ def _append(fd: int, size: int, data: bytes) -> None:
         while written < len(data):
             written += os.write(fd, data[written:] if written else data)
     except BaseException:
-        os.ftruncate(fd, size)
+        if written:
+            os.ftruncate(fd, size)
         raise
 
 
@@ -1549,6 +1578,396 @@ def _unlock_file(fd: int) -> None:
     elif msvcrt is not None:
         os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+
+# A line of a file, and where it stands: the file's name, the line's number from 1, the offset of its end in the file.
+_Line = collections.namedtuple("_Line", "text file number end")
+
+
+def _read_lines(file: "Any", name: str, start: "Tuple[int, int]", most: int, end: float) -> "List[_Line]":
+    """Read up to *most* lines of *file*, which stands at *start* (offset, line number), as far as offset *end*."""
+    offset, number = start
+    lines: "List[_Line]" = []
+    while len(lines) < most and offset < end:
+        text = file.readline(_MAX_LINE)
+        if not text:
+            break
+        offset, number = offset + len(text), number + 1
+        if not text.isspace():
+            lines.append(_Line(text, name, number, offset))
+    return lines
+
+
+def _sound(lines: "List[_Line]") -> int:
+    """Return how many of *lines*, from the first, are records in JSON."""
+    try:
+        parsed = json.loads(_join(lines).decode("utf-8"))  # all at once is the fast way
+        if len(parsed) == len(lines) and all(type(record) is dict for record in parsed):
+            return len(lines)
+    except (ValueError, RecursionError):
+        pass
+    for position, line in enumerate(lines):
+        if _damage(line.text) is not None:
+            return position
+    return len(lines)
+
+
+def _damage(text: bytes) -> "Optional[str]":
+    """Say what is wrong with a line that should hold a record in JSON; None where nothing is."""
+    try:
+        return None if isinstance(json.loads(text.decode("utf-8")), dict) else "not a JSON object"
+    except (ValueError, RecursionError) as error:
+        return "not JSON: %s" % error
+
+
+def _join(lines: "List[_Line]") -> bytes:
+    """Return the records of *lines* as a JSON array."""
+    return b"[" + b",".join([line.text for line in lines]) + b"]"
+
+
+def _records(lines: "List[_Line]") -> "List[Any]":
+    """Return *lines* as records, or as text where they are none."""
+    return [
+        line.text.decode("utf-8", "replace") if _damage(line.text) else json.loads(line.text.decode("utf-8"))
+        for line in lines
+    ]
+
+
+def _reject_lines(rejected: "_SharedFile", lines: "List[_Line]", reason: str) -> None:
+    """Append refused or damaged lines to ``rejected.log``, each with its file, its line number and the reason."""
+    entries = [
+        {"file": line.file, "line": line.number, "reason": reason, "record": record}
+        for line, record in zip(lines, _records(lines))
+    ]
+    try:
+        rejected.append(b"".join(map(_line, entries)))
+    except OSError as error:
+        _log("error", "cannot write %s: %s; it lacks %s", rejected.path, error, entries)
+    finally:
+        rejected.close()
+
+
+class _Owner:
+    """The spool files of one process: ``NAME.lock``, which it keeps locked, and ``NAME.000001.log`` and so on.
+
+    The lock file holds the position up to which all is delivered. `fcntl.lockf` locks belong to a process: a forked
+    child does not have them. But they go when the process closes any descriptor of the file, so it is opened once.
+    """
+
+    def __init__(self, directory: str, name: str) -> None:
+        self.name = name
+        self.first = 1  # the number of the oldest file that is not wholly delivered
+        self.start = (0, 0)  # offset and line number in it up to which all is delivered
+        self._base = os.path.join(directory, name)
+        self._lock_fd = -1
+        self._reading: "Any" = None  # the file that lines are taken from, and its number
+        self._taking = 1
+        self._taken = (0, 0)
+
+    def claim(self) -> bool:
+        """Become the owner if there is none; a process that is gone owns nothing."""
+        path = self._base + ".lock"
+        if _CLAIMED.setdefault((os.getpid(), path), self) is not self:
+            return False
+        try:
+            self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+            if _lock_forever(self._lock_fd) and os.fstat(self._lock_fd).st_nlink > 0:  # else removed meanwhile
+                kept = os.read(self._lock_fd, 100).split()
+                if len(kept) == 3:
+                    self.first, self.start = int(kept[0]), (int(kept[1]), int(kept[2]))
+                self._taking, self._taken = self.first, self.start
+                return True
+        except (OSError, ValueError) as error:
+            _log("warning", "cannot use %s: %s", path, error)
+        self.release()
+        return False
+
+    def release(self) -> None:
+        """Give up the files as they are; whoever finds them may claim them."""
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+        _CLAIMED.pop((os.getpid(), self._base + ".lock"), None)
+
+    def remove(self, last: int) -> None:
+        """Remove the files up to number *last*, which are wholly delivered, and be gone."""
+        for path in [self.path(number) for number in range(self.first, last + 1)] + [self._base + ".lock"]:
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+        self.release()
+
+    def path(self, number: int) -> str:
+        return "%s.%06d.log" % (self._base, number)
+
+    def read(self, most: int, last: int, end: float) -> "List[_Line]":
+        """Take the next lines; *last* is the number of the newest file and *end* how far that is written."""
+        while True:
+            if self._reading is None:
+                try:
+                    self._reading = io.open(self.path(self._taking), "rb")
+                except FileNotFoundError:
+                    pass
+                else:
+                    self._reading.seek(self._taken[0])
+            lines: "List[_Line]" = []
+            if self._reading is not None:
+                name = os.path.basename(self.path(self._taking))
+                limit = end if self._taking == last else float("inf")
+                lines = _read_lines(self._reading, name, self._taken, most, limit)
+            if lines or self._taking >= last:
+                if lines:
+                    self._taken = (lines[-1].end, lines[-1].number)
+                return lines
+            if self._reading is not None:
+                self._reading.close()
+                self._reading = None
+            self._taking, self._taken = self._taking + 1, (0, 0)
+
+    def unread(self, line: "_Line") -> None:
+        """Have the next read() begin with *line*."""
+        self._taken = (line.end - len(line.text), line.number - 1)
+        self._reading.seek(self._taken[0])
+
+    def settle(self, line: "_Line") -> None:
+        """Note that all up to *line* is delivered; files before its own go."""
+        number = int(line.file.split(".")[-2])
+        for done in range(self.first, number):
+            try:
+                os.unlink(self.path(done))
+            except FileNotFoundError:
+                pass
+        self.first, self.start = number, (line.end, line.number)
+        os.lseek(self._lock_fd, 0, os.SEEK_SET)
+        os.write(self._lock_fd, b"%010d %020d %020d\n" % (self.first, self.start[0], self.start[1]))
+
+
+# Who of this process owns which lock file, by process and path. Its steps are atomic.
+_CLAIMED: "Dict[Tuple[int, str], _Owner]" = {}
+
+
+def _lock_forever(fd: int) -> bool:
+    """Lock an open file until this process ends or closes it; return whether no other process has it."""
+    try:
+        if fcntl is not None:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt is not None:
+            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise
+        return False
+
+
+class _Spool:
+    """A queue on disk with the interface of `_MemoryQueue`: what a process wrote, after what ended ones left."""
+
+    encode = staticmethod(_join)
+    decode = staticmethod(_records)
+    rounds = _LOOK_EVERY
+
+    def __init__(self, directory: str, max_bytes: int, clock: "Callable[[], float]") -> None:
+        self.ledger = _Ledger("adopted")
+        self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._roll_size = min(_ROLL_SIZE, max_bytes // 4)
+        self._clock = clock
+        self._closed = False
+        # Guards the file that is written, while it is. Re-entrant, for a __del__ or signal handler that tracks.
+        self._writing = threading.RLock()
+        self._fd = -1
+        self._number, self._size = 0, 0
+        self._written = 0  # own records
+        self._since = 0.0  # when the oldest waiting record came, or before
+        # Guards the files that are read, while a batch is taken or settled. Taken before _writing, never after.
+        self._reading = threading.RLock()
+        self._own = self._new_owner()
+        self._adopted: "List[_Owner]" = []  # in the order of their names, which is that of time
+        self._source = self._own  # whose the lines in flight are
+        self._inflight: "List[_Line]" = []
+        self._taken, self._settled = 0, 0  # own records
+        self._rejected = _SharedFile(os.path.join(directory, "rejected.log"), 0o600)
+        self._look_at = 0.0
+
+    def put(self, record: "Record") -> bool:
+        """Hand *record* to the operating system, or return False where the spool is full; raise where that fails."""
+        try:
+            line = _line(record)
+        except Exception as error:
+            raise _illegal("record", record, "must be JSON: %s" % error) from None
+        with self._writing:
+            if self._closed:
+                raise _closed()
+            try:
+                if self._fd < 0 or self._size and self._size + len(line) > self._roll_size:
+                    if not self._roll():
+                        return False
+                _append(self._fd, self._size, line)
+            except OSError as error:
+                raise _unwritable(self._own.path(self._number), error) from error
+            if self._written == self._taken:
+                self._since = self._clock()
+            self.ledger.add(accepted=1, pending=1)
+            self._size += len(line)
+            self._written += 1
+        return True
+
+    def take_back(self, record: "Record") -> bool:
+        """Undo nothing: what is on disk will be delivered."""
+        return False
+
+    def take(self, most: int) -> int:
+        """Take up to *most* lines in flight, all of one owner, and return their number. Damaged ones are rejected."""
+        with self._reading:
+            while not self._closed:
+                lines = self._read(most)
+                if not lines:
+                    break
+                sound = _sound(lines)
+                if sound < len(lines):
+                    keep = max(1, sound)  # a damaged line is taken alone
+                    if keep < len(lines):
+                        self._source.unread(lines[keep])
+                    lines = lines[:keep]
+                if self._source is self._own:
+                    self._taken += len(lines)
+                else:
+                    self.ledger.add(adopted=len(lines), pending=len(lines))
+                self._inflight = lines
+                if sound:
+                    return len(lines)
+                reason = "line %d of %s is %s" % (lines[0].number, lines[0].file, _damage(lines[0].text))
+                self.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records(lines)))
+        return 0
+
+    def head(self, number: int) -> "List[_Line]":
+        """Return the first *number* lines in flight."""
+        return self._inflight[:number]
+
+    def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
+        """Let go of the first *number* in flight: delivered, or rejected with *error*."""
+        with self._reading:
+            if self._closed:
+                return
+            done = self._inflight[:number]
+            if error is not None:
+                _reject_lines(self._rejected, done, str(error))
+                self.refusals.append(error)
+            self._source.settle(done[-1])
+            self._inflight = self._inflight[number:]
+            self.ledger.add(pending=-number, **{"rejected" if error else "delivered": number})
+            if self._source is self._own:
+                self._settled += number
+
+    def surrender(self) -> "List[Record]":
+        """Close the files. What is not delivered stays on disk and pending, for the next process that looks."""
+        with self._reading, self._writing:
+            if not self._closed:
+                self._closed = True
+                if self._written == self._settled:
+                    self._own.remove(self._number)
+                self.disown()
+        return []
+
+    def disown(self) -> None:
+        """Let go of all descriptors; in a forked child, of the parent's."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        for owner in [self._own] + self._adopted:
+            owner.release()
+
+    def look_around(self) -> None:
+        """Adopt, every few seconds, the files whose owners are gone."""
+        if self._clock() < self._look_at:
+            return
+        self._look_at = self._clock() + _LOOK_EVERY
+        with self._reading:
+            for name in [] if self._closed else self._owners():
+                owner = _Owner(self._directory, name)
+                if owner.claim():
+                    self._adopted.append(owner)
+
+    def is_due(self, size: int) -> bool:
+        return self.waiting() >= size or bool(self._inflight or self._adopted)
+
+    def is_empty(self) -> bool:
+        return self._written == self._settled and not self._adopted
+
+    def waiting(self) -> int:
+        return self._written - self._taken
+
+    def oldest(self) -> float:
+        return self._since
+
+    def accepted(self) -> int:
+        return self._written
+
+    def settled(self) -> int:
+        return self._settled
+
+    def stats(self) -> "Dict[str, int]":
+        return self.ledger.stats()
+
+    def _new_owner(self) -> "_Owner":
+        try:
+            os.makedirs(self._directory, 0o700, exist_ok=True)
+            while True:
+                suffix = binascii.hexlify(os.urandom(4)).decode()
+                owner = _Owner(self._directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
+                if owner.claim():
+                    return owner
+        except OSError as error:
+            raise _unwritable(self._directory, error) from error
+
+    def _roll(self) -> bool:
+        """Begin the next file; return False where the spool would get too large."""
+        if self._fd >= 0 and self._used() + self._roll_size > self._max_bytes:
+            return False
+        number = self._number + 1
+        fd = _open_lines(self._own.path(number), 0o600)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._number, self._size = fd, number, os.fstat(fd).st_size
+        return True
+
+    def _used(self) -> int:
+        """Return the bytes of all spool files here, less the one that is written if it is wholly delivered."""
+        used = -self._size if self._written == self._settled else 0
+        for name in os.listdir(self._directory):
+            if _SPOOL_FILE.fullmatch(name):
+                try:
+                    used += os.stat(os.path.join(self._directory, name)).st_size
+                except FileNotFoundError:
+                    pass
+        return used
+
+    def _owners(self) -> "List[str]":
+        """Return the names of all owners here, the oldest first."""
+        return sorted(name[: -len(".lock")] for name in os.listdir(self._directory) if _SPOOL_LOCK.fullmatch(name))
+
+    def _read(self, most: int) -> "List[_Line]":
+        """Return the next lines of the first adopted owner that has any, or else of this process."""
+        while self._adopted:
+            self._source = self._adopted[0]
+            found = [name.split(".") for name in os.listdir(self._directory) if _SPOOL_FILE.fullmatch(name)]
+            newest = max([int(number) for name, number, _ in found if name == self._source.name] + [0])
+            lines = self._source.read(most, newest, float("inf"))
+            if lines:
+                return lines
+            self._adopted.pop(0).remove(newest)
+        self._source = self._own
+        with self._writing:
+            number, size = self._number, self._size
+        return self._own.read(most, number, size)
 
 
 ########################################################################################################################
@@ -1592,11 +2011,8 @@ class _Sender:
             return verdict._replace(kind=_REFUSED)
         return verdict
 
-    def attempt(self, queue: "Any", most: int, timeout: float) -> "Optional[AnalysysPythonSdkIllegalDataException]":
-        """Send one request for the head of *queue*, then settle, split or keep it.
-
-        Return the refusal of a single record, if there is one: the caller settles and reports it.
-        """
+    def attempt(self, queue: "Any", most: int, timeout: float) -> None:
+        """Send one request for the head of *queue*, then settle, split or keep it."""
         if not self._parts:
             self._parts.append(queue.take(most))
         if self._parts[0] > self._limit:
@@ -1606,13 +2022,13 @@ class _Sender:
         items = queue.head(size)
         if not items:  # surrendered meanwhile
             self._parts.clear()
-            return None
+            return
         if self._failures:
             self._ledger.add(retries=1)
         verdict = self.ask(items, timeout)
         if verdict.kind == _RETRY:
-            self._failed(verdict)
-            return None
+            self.failed(verdict.reason, verdict.wait)
+            return
         self._recovered()
         if verdict.kind == _TOO_LARGE:
             self._limit = size // 2
@@ -1620,14 +2036,14 @@ class _Sender:
             self._parts[0] = size - size // 2
             self._parts.appendleft(size // 2)
         elif verdict.kind == _REFUSED:
-            self._parts.popleft()
             if self._limit == 1:  # it was this record that was too large, not the number of them
                 self._limit = sys.maxsize
-            return AnalysysPythonSdkIllegalDataException("refused for good: " + verdict.reason, items)
-        else:
+            reason = "refused for good: " + verdict.reason
+            queue.settle(1, AnalysysPythonSdkIllegalDataException(reason, queue.decode(items)))
             self._parts.popleft()
+        else:
             queue.settle(size)
-        return None
+            self._parts.popleft()
 
     def state(self) -> str:
         """Say why records wait."""
@@ -1635,18 +2051,18 @@ class _Sender:
             return "the server has not answered yet"
         return "the server has been failing for %.1f s (%s)" % (self._clock() - self.failing_since, self.reason)
 
-    def _failed(self, verdict: "_Verdict") -> None:
+    def failed(self, reason: str, wait: "Optional[float]" = None) -> None:
+        """Note a failure that is not the data's, and when to try again: after *wait* seconds or a back-off."""
         now = self._clock()
         self._failures += 1
-        self.reason = verdict.reason
+        self.reason = reason
         if self.failing_since is None:
             self.failing_since = now
             self._next_warning = now
-        if verdict.wait is None:
+        if wait is None:
             longest = min(_LAST_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._failures, 20))
-            self.not_before = now + self._random.uniform(_FIRST_BACKOFF, longest)
-        else:
-            self.not_before = now + verdict.wait
+            wait = self._random.uniform(_FIRST_BACKOFF, longest)
+        self.not_before = now + wait
         if now >= self._next_warning:
             self._next_warning = now + _WARN_EVERY
             _log("warning", "nothing is lost, but not delivered: %s", self.state())
@@ -1705,6 +2121,8 @@ class _Worker:
         due_size: int,
         request_size: int,
         queue_size: int,
+        spool_path: "Optional[str]",
+        spool_max_bytes: int,
         on_error: "OnError",
     ) -> None:
         self.pid = os.getpid()
@@ -1715,11 +2133,14 @@ class _Worker:
         self._interval = interval
         self._due_size = due_size
         self._request_size = request_size
-        self._queue = _MemoryQueue(queue_size, self._clock)
+        self._queue: "Union[_MemoryQueue, _Spool]" = (
+            _MemoryQueue(queue_size, self._clock)
+            if spool_path is None
+            else _Spool(spool_path, spool_max_bytes, self._clock)
+        )
         self._transport = _Transport(url, ssl_context, headers)
         self._sender = _Sender(self._transport, self._queue.ledger, self._queue.encode)
         self.stats = self._queue.stats
-        self.disown = self._transport.disown
         self._gate = threading.Lock()  # closed while the thread has nothing to do; _wake() opens it
         self._gate.acquire()
         self._wake_at = 1  # number of waiting records that opens the gate; out of reach while the thread is awake
@@ -1731,7 +2152,7 @@ class _Worker:
         self._urgent = False  # an alias waits
         self._goal = 0  # all up to this many accepted records are due; grows under the ledger's lock
         self._next_cut = 0.0
-        self._reporting = False  # a refusal is settled, but not yet reported
+        self._reporting = False  # between two requests: refusals are settled, but not yet reported
         self._abandoned = False
         self._ended = False  # sends no more
 
@@ -1756,6 +2177,10 @@ class _Worker:
         elif urgent or self._queue.waiting() >= self._wake_at:
             self._wake()
 
+    def begin(self) -> None:
+        """Start the thread before there is a record, for those that ended processes have left behind."""
+        self._start(self._clock())
+
     def flush(self, timeout: "Optional[float]") -> None:
         """Return when all that is accepted by now is settled; raise where that is not so within *timeout* seconds."""
         deadline = float("inf") if timeout is None else self._clock() + timeout
@@ -1765,7 +2190,8 @@ class _Worker:
         self.hurry()
 
         def is_done() -> bool:
-            return self._ended or self._queue.settled() >= goal and not self._reporting
+            is_settled = self._ended or self._queue.settled() >= goal
+            return is_settled and not self._queue.refusals and not self._reporting
 
         while not is_done() and not self._is_sending():
             if self._thread is None:
@@ -1774,7 +2200,7 @@ class _Worker:
             if not self._settled.wait_for(is_done, wait_until) and self._clock() >= deadline:
                 break
         if not is_done():
-            message = "%d records are not delivered: %s" % (self._queue.pending(), self._sender.state())
+            message = "%d records are not delivered: %s" % (self.stats()["pending"], self._sender.state())
             raise AnalysysPythonSdkNetworkException(message)
 
     def close(self, timeout: "Optional[float]") -> None:
@@ -1817,10 +2243,15 @@ class _Worker:
         """The collecter is gone: deliver what is left, then end."""
         self._abandoned = True
         self._wake()
-        if self._thread is None and not self._queue.pending():
+        if self._thread is None and self._queue.is_empty():
             self._end()
 
-    def report(self, error: "AnalysysPythonSdkException") -> None:
+    def disown(self) -> None:
+        """Let go, in a forked child, of what belongs to the parent."""
+        self._transport.disown()
+        self._queue.disown()
+
+    def _report(self, error: "AnalysysPythonSdkException") -> None:
         """Report records that were given up. Never called under a lock."""
         if self.on_error is not None:
             _tell(self.on_error, error, error.records)
@@ -1843,7 +2274,7 @@ class _Worker:
         if not is_in and self.closed:
             raise _closed()
         if not is_in:
-            message = "the queue is full: %d records wait; %s" % (self._queue.pending(), self._sender.state())
+            message = "the queue is full: %d records wait; %s" % (self.stats()["pending"], self._sender.state())
             raise AnalysysPythonSdkNetworkException(message, [record])
 
     def _is_sending(self) -> bool:
@@ -1886,7 +2317,7 @@ class _Worker:
 
     def _run(self) -> None:
         try:
-            while not self._ended and not (self._abandoned and not self._queue.pending()):
+            while not self._ended and not (self._abandoned and self._queue.is_empty()):
                 self._wake_at = self._due_size if self._queue.waiting() else 1
                 wait = self._seconds_to_next()
                 if wait == 0:
@@ -1894,52 +2325,51 @@ class _Worker:
                     self._turn.acquire()
                     self._send(float("inf"))
                 else:
-                    self._gate.acquire(timeout=min(wait, _LONGEST_WAIT))
+                    self._gate.acquire(timeout=min(wait, self._queue.rounds, _LONGEST_WAIT))
         finally:
             self._thread = None
         self._end()
 
     def _end(self) -> None:
+        self._queue.surrender()
         self._transport.close()
         _OPEN.discard(self)
 
     def _seconds_to_next(self) -> float:
         """Return how long there is nothing to do: 0 where something is due."""
+        self._queue.look_around()
         if self._urgent:
             self._urgent = False
             with self._queue.ledger.lock:
                 self._goal = max(self._goal, self._queue.accepted())
-        if self._ended or not self._queue.pending():
+        if self._ended or self._queue.is_empty():
             return float("inf")
-        at = self._queue.oldest() + self._interval
         if (
-            self._queue.waiting() >= self._due_size
+            self._queue.is_due(self._due_size)
             or self._queue.settled() < self._goal
-            or self._queue.pending() > self._queue.waiting()
-            or self._queue.is_full()
             or self._abandoned
             or self._thread is None
         ):
             at = 0.0
+        else:
+            at = self._queue.oldest() + self._interval
         return max(0.0, max(at, self._sender.not_before) - self._clock())
 
     def _send(self, deadline: float) -> None:
         """Send one request. The caller holds the turn, which ends here."""
-        refusal = None
         self._here.sending = True
         try:
             try:
                 timeout = min(self._timeout, deadline - self._clock())
-                if timeout > 0 and not self._ended and self._queue.pending():
-                    refusal = self._sender.attempt(self._queue, self._request_size, timeout)
-                if refusal is not None:
-                    self._reporting = True
-                    if not self._queue.settle(1, refusal):
-                        refusal = None
+                if timeout > 0 and not self._ended:
+                    self._sender.attempt(self._queue, self._request_size, timeout)
+            except Exception as error:  # a disk that fails: the thread lives on
+                self._sender.failed("%s: %s" % (type(error).__name__, error))
             finally:
                 self._turn.release()
-            if refusal is not None:
-                self.report(refusal)
+            self._reporting = True
+            while self._queue.refusals:
+                self._report(self._queue.refusals.popleft())
         finally:
             self._reporting = False
             self._here.sending = False
@@ -2117,6 +2547,10 @@ class BatchCollecter(_Collecter):
     ``records``.
 
     - *queue_max_size*: records in the queue, the batch in flight included.
+    - *spool_path*: a directory on a local disk. With it each record is in a file before the call returns, and leaves
+      the disk when the server has it; what a process leaves is delivered by the next one that uses the directory. disk when the server has it; what a process leaves behind is delivered by the next one, or by another that uses
+      the directory. *queue_max_size* does not apply; *spool_max_bytes* bounds the files of all processes together.
+      Close and exit leave on disk what is not delivered and raise nothing. Refused records end in ``rejected.log``.
     - *server_url*, *request_timeout*, *ssl_context*, *headers*: as for DefaultCollecter.
     """
 
@@ -2140,8 +2574,14 @@ class BatchCollecter(_Collecter):
         config["due_size"] = _check("queue_cache_max_size", queue_cache_max_size, "size")
         config["request_size"] = _check("collecter_max_size", collecter_max_size, "size")
         config["queue_size"] = _check("queue_max_size", queue_max_size, "size")
+        config["spool_path"] = spool_path
+        if spool_path is not None:
+            config["spool_path"] = os.path.abspath(_check("spool_path", spool_path, "log_path"))
+        config["spool_max_bytes"] = _check("spool_max_bytes", spool_max_bytes, "size")
         config["on_error"] = _check("on_error", on_error)
         self._start(config)
+        if spool_path is not None:
+            self._state().begin()
 
 
 BatchCollecter._State = _Worker
@@ -2375,6 +2815,21 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     demo = commands.add_parser("demo", help="run the product document's scenario on this machine")
     demo.set_defaults(run=_demo)
+    upload = commands.add_parser("upload", help="deliver files of records")
+    upload.set_defaults(run=_upload)
+    add = upload.add_argument
+    add("path", nargs="+", metavar="PATH", help="a directory of datas_*.log, a file, a .gz, or -")
+    add("--server", metavar="URL", default="", help="http(s)://host[:port][/path]")
+    add("--dry-run", action="store_true", help="send nothing: check every line and print a summary")
+    add("--follow", action="store_true", help="go on as files grow and rotate, until SIGTERM")
+    add("--delete", action="store_true", help="remove files that are wholly delivered and not in use")
+    add("--history", action="store_true", help="add $importFlag: 1 to records that lack it")
+    add("--checkpoint", metavar="FILE", help="where to note what is delivered; default: beside the files")
+    add("--batch", type=_converter("size", int), default=100, metavar="N", help="records a request; 100")
+    seconds = _converter("seconds", float)
+    add("--request-timeout", type=seconds, default=_REQUEST_TIMEOUT, metavar="SECONDS", help="for a whole request; 10")
+    add("--ca", metavar="FILE", help="certificates of a private CA, in PEM")
+    add("--header", action="append", default=[], metavar="'Name: value'", help="for every request")
     stderr, sys.stderr = sys.stderr, io.StringIO()  # argparse's usage lines; its last line says what is wrong
     try:
         arguments = parser.parse_args(argv)
@@ -2392,8 +2847,21 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     if arguments.command is None:
         _print(parser.format_help().rstrip())
         return _DONE
-    status: int = arguments.run(arguments)
-    return status
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except (AnalysysPythonSdkException, OSError) as error:
+        _print("analysys: %s" % error, sys.stderr)
+        return _WRONG_USAGE if isinstance(error, AnalysysPythonSdkIllegalDataException) else _NOT_DELIVERED
+
+
+def _converter(rule: str, kind: "Any") -> "Any":
+    """Return what turns an option's text into a value that keeps to a rule of `_RULES`."""
+
+    def number(text: str) -> "Any":
+        return _RULES[rule].plain(kind(text))
+
+    return number
 
 
 def _print(text: str, file: "Any" = None) -> None:
@@ -2412,6 +2880,445 @@ def _fingerprint() -> str:
     except (KeyError, OSError, AttributeError):
         return "unknown"
     return hashlib.sha256(source).hexdigest()
+
+
+def _upload(arguments: "Any") -> int:
+    """Deliver files of lines, or check them only."""
+    if arguments.dry_run:
+        return _check_files(arguments.path)
+    headers = _http_headers(dict(map(_header, arguments.header)))
+    context = None
+    if arguments.ca:
+        import ssl
+
+        context = ssl.create_default_context(cafile=arguments.ca)
+    transport = _Transport(_url(arguments.server), context, headers)
+    checkpoint = _Checkpoint(arguments.checkpoint or _beside(arguments.path[0]))
+    checkpoint.lock()
+    try:
+        shipment = _Shipment(arguments.path, checkpoint, arguments)
+        sender = _Sender(transport, shipment.ledger, shipment.encode)
+        _ship(shipment, sender, arguments)
+        return _sum_up(shipment, sender)
+    finally:
+        transport.close()
+        checkpoint.unlock()
+
+
+def _sum_up(shipment: "_Shipment", sender: "_Sender") -> int:
+    """Print what became of a shipment and return the exit status that says so."""
+    counts = shipment.stats()
+    remaining = shipment.remaining()
+    _print("delivered %d, rejected %d, remaining %d" % (counts["delivered"], counts["rejected"], remaining))
+    if counts["rejected"]:
+        _print("the rejected ones are in %s" % shipment.rejected_path)
+    if remaining:
+        why = shipment.problem or ("it was stopped" if sender.failing_since is None else sender.state())
+        _print("analysys: not all is delivered: %s" % why, sys.stderr)
+        return _NOT_DELIVERED
+    return _SOME_REJECTED if counts["rejected"] else _DONE
+
+
+def _header(text: str) -> "Tuple[str, str]":
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise _illegal("--header", text, "must be 'Name: value'")
+    return name.strip(), value.strip()
+
+
+def _beside(path: str) -> str:
+    """Return the checkpoint that lies beside *path*; for standard input there is none."""
+    if path == "-":
+        return ""
+    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "upload.checkpoint")
+
+
+def _ship(shipment: "_Shipment", sender: "_Sender", options: "Any") -> None:
+    """Send until all is delivered, the server has failed for too long, or a signal says stop."""
+    import signal
+
+    stop = threading.Event()
+    progress = _Progress(shipment)
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # what is under way is waited for
+            kept[number] = signal.signal(number, lambda *_: stop.set())
+    try:
+        while not stop.is_set():
+            sender.attempt(shipment, options.batch, options.request_timeout)
+            while shipment.refusals:
+                _log("error", "%s", shipment.refusals.popleft())
+            progress.show()
+            if sender.failing_since is not None:
+                if not options.follow and sender.not_before - sender.failing_since > _GIVE_UP:
+                    break
+                stop.wait(max(0.0, sender.not_before - time.monotonic()))
+            elif shipment.is_empty():
+                if not options.follow:
+                    break
+                if not shipment.look_again():
+                    stop.wait(_FOLLOW_EVERY)
+    finally:
+        progress.end()
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+class _Progress:
+    """Shows how far a shipment is: a line that changes on a terminal, otherwise a line a minute."""
+
+    def __init__(self, shipment: "_Shipment") -> None:
+        self._shipment = shipment
+        self._began = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._every = 0.5 if self._is_terminal else 60.0  # seconds
+        self._next = self._began + self._every
+
+    def show(self) -> None:
+        """Show a line if it is time."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._every
+        seconds = now - self._began
+        files, done, total = self._shipment.progress()
+        counts = self._shipment.stats()
+        events = counts["delivered"] + counts["rejected"]
+        left = seconds * (total - done) / done if done else 0.0
+        text = "%s, %.1f of %.1f MB" % (files, done / 1e6, total / 1e6)
+        text += ", %d events, %.0f events/s" % (events, events / seconds)
+        text += ", %d:%02d left" % divmod(left, 60)
+        sys.stderr.write("\r%s\x1b[K" % text if self._is_terminal else text + "\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave the terminal's line empty."""
+        if self._is_terminal:
+            sys.stderr.write("\r\x1b[K")
+
+
+class _Checkpoint:
+    """What is delivered of which file, in a file of its own that is replaced as a whole; and a lock beside it.
+
+    A file is known by a hash of its beginning, up to 4 KiB of what was delivered of it: names change with logrotate and
+    gzip, inodes with copying. An empty *path* keeps nothing.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path and os.path.abspath(path)
+        self._entries: "List[Record]" = []  # {"name", "hash", "hashed", "offset", "line"} each
+        self._lock_fd = -1
+
+    def lock(self) -> None:
+        """Keep other uploads away and read the file; raise where another is at work or that cannot be done."""
+        if not self.path:
+            return
+        try:
+            self._lock_fd = _open_lines(self.path + ".lock", 0o666)
+            mine = _lock_forever(self._lock_fd)
+            if mine and os.path.exists(self.path):
+                with io.open(self.path, encoding="utf-8") as file:
+                    self._entries = json.load(file)["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            message = "cannot use the checkpoint %s (--checkpoint FILE names another): %s" % (self.path, error)
+            raise AnalysysPythonSdkFileException(message) from error
+        if not mine:
+            raise AnalysysPythonSdkFileException("another upload is at work: it holds %s.lock" % self.path)
+
+    def unlock(self) -> None:
+        """Let other uploads in."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+
+    def entry(self, name: str, head: bytes) -> "Record":
+        """Return the entry of the file that begins with *head*: a known one whose hash fits, or else a new one."""
+        sizes = {entry["hashed"] for entry in self._entries}
+        hashes = {size: _hash(head[:size]) for size in sizes if size <= len(head)}
+        fitting = [entry for entry in self._entries if hashes.get(entry["hashed"]) == entry["hash"]]
+        if fitting:
+            return max(fitting, key=lambda entry: (entry["hashed"], entry["name"] == name, entry["offset"]))
+        return {"name": name, "hash": "", "hashed": 0, "offset": 0, "line": 0}
+
+    def note(self, entry: "Record", name: str, head: bytes, line: "_Line") -> None:
+        """Note that all up to *line* is settled, and save."""
+        if not entry["hashed"]:
+            self._entries.append(entry)
+        hashed = min(len(head), line.end)
+        if hashed > entry["hashed"]:
+            entry.update(hashed=hashed, hash=_hash(head[:hashed]))
+        entry.update(name=name, offset=line.end, line=line.number)
+        self._save()
+
+    def forget(self, entry: "Record") -> None:
+        """Drop the entry of a file that was removed, and save."""
+        self._entries = [other for other in self._entries if other is not entry]
+        self._save()
+
+    def _save(self) -> None:
+        if not self.path:
+            return
+        draft = self.path + ".new"
+        with io.open(draft, "w", encoding="utf-8") as file:
+            json.dump({"version": 1, "files": self._entries}, file, indent=0)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, self.path)
+        _sync_directory(os.path.dirname(self.path))
+
+
+def _sync_directory(path: str) -> None:
+    """Have renames and removals in a directory survive a power cut, where the system can do that."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def _hash(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def _files(paths: "List[str]") -> "List[str]":
+    """Return the files to deliver in the order of their names; a directory stands for its ``datas_*.log``."""
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            names = sorted(name for name in os.listdir(path) if _LOG_FILE.fullmatch(name))
+            found += [os.path.join(path, name) for name in names]
+        elif path == "-" or os.path.exists(path):
+            found.append(path)
+        else:
+            raise _illegal("PATH", path, "must be a directory, a file, or -")
+    return found
+
+
+def _open_to_read(path: str) -> "Any":
+    if path == "-":
+        return sys.stdin.buffer
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if path.endswith(".gz"):
+        import gzip
+
+        return gzip.open(path, "rb")
+    return io.open(path, "rb")
+
+
+class _Shipment:
+    """The lines of files as a queue for the sender. What is settled is noted in the checkpoint."""
+
+    encode = staticmethod(_join)
+    decode = staticmethod(_records)
+
+    def __init__(self, paths: "List[str]", checkpoint: "_Checkpoint", options: "Any") -> None:
+        self.ledger = _Ledger()
+        self.stats = self.ledger.stats
+        self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()
+        self.problem = ""  # why a file could not be read
+        self.rejected_path = os.path.join(os.path.dirname(checkpoint.path or os.path.abspath("-")), "rejected.log")
+        self._paths = paths
+        self._checkpoint = checkpoint
+        self._options = options
+        self._rejected = _SharedFile(self.rejected_path)
+        self._seen: "Dict[str, Any]" = {}  # path -> what stat said before it was read to its end
+        self._waiting = _files(paths)
+        self._file: "Any" = None  # the one that is read, and about it:
+        self._path = ""
+        self._opened: "Any" = None  # what stat said
+        self._head = b""
+        self._entry: "Record" = {}
+        self._position = (0, 0)
+        self._ahead: "List[_Line]" = []  # read, but not taken
+        self._inflight: "List[_Line]" = []
+
+    def take(self, most: int) -> int:
+        """Take up to *most* lines in flight, all of one file, and return their number. Damaged ones are rejected."""
+        while True:
+            lines = self._ahead or self._read(most)
+            if not lines:
+                return 0
+            sound = _sound(lines)
+            keep = len(lines) if sound == len(lines) else max(1, sound)  # a damaged line is taken alone
+            self._inflight, self._ahead = lines[:keep], lines[keep:]
+            self.ledger.add(accepted=keep, pending=keep)
+            if sound:
+                if self._options.history:
+                    self._inflight = [line._replace(text=_as_history(line.text)) for line in self._inflight]
+                return keep
+            reason = "line %d of %s is %s" % (lines[0].number, lines[0].file, _damage(lines[0].text))
+            self.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records(lines[:1])))
+
+    def head(self, number: int) -> "List[_Line]":
+        """Return the first *number* lines in flight."""
+        return self._inflight[:number]
+
+    def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
+        """Let go of the first *number* in flight: delivered, or rejected with *error*."""
+        done = self._inflight[:number]
+        if error is not None:
+            _reject_lines(self._rejected, done, str(error))
+            self.refusals.append(error)
+        if self._path != "-":
+            self._checkpoint.note(self._entry, os.path.basename(self._path), self._head, done[-1])
+        self._inflight = self._inflight[number:]
+        self.ledger.add(pending=-number, **{"rejected" if error else "delivered": number})
+
+    def is_empty(self) -> bool:
+        return self._file is None and not self._waiting and not self._inflight
+
+    def look_again(self) -> bool:
+        """Return whether there are files that are new, have grown or were renamed since they were read."""
+        self._waiting = [path for path in _files(self._paths) if path != "-" and self._seen.get(path) != _stat(path)]
+        return bool(self._waiting)
+
+    def remaining(self) -> int:
+        """Return how many lines are not settled; of standard input, how many of those that were read."""
+        left = len(self._inflight + self._ahead) if self._path == "-" else 0
+        self._close()
+        for path in _files(self._paths):
+            if path == "-":
+                continue
+            try:
+                with _open_to_read(path) as file:
+                    file.seek(self._checkpoint.entry(os.path.basename(path), file.read(_HASHED))["offset"])
+                    left += sum(line.endswith(b"\n") and not line.isspace() for line in file)
+            except Exception as error:  # gzip has many
+                self.problem = "%s: %s" % (path, error)
+                left += 1
+        return left
+
+    def progress(self) -> "Tuple[str, int, int]":
+        """Return how many files are read, the bytes that are, and the bytes there are."""
+        sizes = {path: os.path.getsize(path) for path in _files(self._paths) if path != "-"}
+        undone = set(self._waiting + [self._path])
+        done = sum(size for path, size in sizes.items() if path not in undone)
+        files = "%d of %d files" % (len(sizes) - len(undone.intersection(sizes)), len(sizes))
+        return files, done + min(self._position[0], sizes.get(self._path, 0)), sum(sizes.values())
+
+    def _read(self, most: int) -> "List[_Line]":
+        """Return the next lines, of the first file that has any."""
+        while self._file is not None or self._waiting:
+            try:
+                if self._file is None:
+                    self._open(self._waiting.pop(0))
+                lines = _read_lines(self._file, os.path.basename(self._path), self._position, most, float("inf"))
+            except Exception as error:  # gzip has many
+                self.problem = "%s: %s" % (self._path, error)
+                _log("error", "cannot read %s", self.problem)
+                self._seen[self._path] = self._opened
+                self._close()
+                continue
+            if lines and not lines[-1].text.endswith(b"\n") and not self._is_complete(lines[-1].text):
+                lines.pop()
+            if lines:
+                self._position = (lines[-1].end, lines[-1].number)
+                return lines
+            self._finish()
+        return []
+
+    def _open(self, path: str) -> None:
+        self._path, self._opened, self._position = path, _stat(path), (0, 0)
+        self._file = _open_to_read(path)
+        if path != "-":
+            self._head = self._file.read(_HASHED)
+            self._entry = self._checkpoint.entry(os.path.basename(path), self._head)
+            self._position = (self._entry["offset"], self._entry["line"])
+            self._file.seek(self._position[0])
+
+    def _is_complete(self, text: bytes) -> bool:
+        """Tell whether a last line that lacks its newline is all that there will be of it."""
+        return self._path == "-" or self._path.endswith(".gz") or not self._options.follow and _damage(text) is None
+
+    def _finish(self) -> None:
+        """Be done with a file that is read to its end, and remove it if that is asked for."""
+        self._seen[self._path] = self._opened
+        path, size = self._path, self._position[0]
+        self._close()
+        if self._options.delete and path != "-" and self._is_old(path) and _remove(path, self._opened, size):
+            self._checkpoint.forget(self._entry)
+
+    def _is_old(self, path: str) -> bool:
+        """Tell whether nobody will write to *path* any more, by its name."""
+        current = [time.strftime(pattern) for pattern in _LOG_NAMES.values()]
+        newest = max(os.path.basename(found) for found in _files(self._paths))
+        return os.path.basename(path) not in current + [newest]
+
+    def _close(self) -> None:
+        if self._file is not None and self._path != "-":
+            self._file.close()
+        self._file, self._path = None, ""
+
+
+def _stat(path: str) -> "Any":
+    """Return what changes when a file is written to or replaced; None where there is no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime
+
+
+def _remove(path: str, opened: "Any", size: int) -> bool:
+    """Remove *path*, under its lock, if it is as it was when *opened* and its lines end at *size*."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+        try:
+            _lock_file(fd)
+            if _stat(path) != opened or not path.endswith(".gz") and opened[2] != size:
+                return False
+            os.unlink(path)
+        finally:
+            os.close(fd)
+        _sync_directory(os.path.dirname(os.path.abspath(path)))
+        return True
+    except OSError as error:
+        _log("warning", "cannot remove %s: %s", path, error)
+        return False
+
+
+def _as_history(text: bytes) -> bytes:
+    """Return a record with the flag that has the platform take it whatever its time."""
+    record = json.loads(text.decode("utf-8"))
+    if isinstance(record.get("xcontext"), dict):
+        record["xcontext"].setdefault("$importFlag", 1)
+    return _line(record)
+
+
+def _check_files(paths: "List[str]") -> int:
+    """Check every line by the rules for records; print a summary by event and by error."""
+    events: "Dict[str, List[Any]]" = {}  # name -> [how many, where the first is]
+    errors: "Dict[str, List[Any]]" = {}
+    for path in _files(paths):
+        number = 0
+        try:
+            for number, text in enumerate(_open_to_read(path), 1):
+                if text.isspace():
+                    continue
+                try:
+                    if _damage(text) is not None:
+                        raise AnalysysPythonSdkIllegalDataException("damaged")
+                    record = json.loads(text.decode("utf-8"))
+                    _check_record(record)
+                    counts = events.setdefault(record["xwhat"], [0, path, number])
+                except AnalysysPythonSdkIllegalDataException as error:
+                    counts = errors.setdefault(error.rule or "not a JSON object", [0, path, number])
+                counts[0] += 1
+        except Exception as error:  # gzip has many
+            errors.setdefault("cannot be read: %s" % error, [0, path, number + 1])[0] += 1
+    for kind, found in (("event", events), ("error", errors)):
+        for name, (count, path, number) in sorted(found.items(), key=lambda entry: -int(entry[1][0])):
+            _print("%8d  %s  %s  (first: %s:%d)" % (count, kind, name, path, number))
+    good, bad = (sum(counts[0] for counts in found.values()) for found in (events, errors))
+    _print("%d lines are good, %d are not" % (good, bad))
+    return _SOME_REJECTED if errors else _DONE
 
 
 def _demo(arguments: "Any") -> int:
