@@ -2548,8 +2548,8 @@ class BatchCollecter(_Collecter):
 
     - *queue_max_size*: records in the queue, the batch in flight included.
     - *spool_path*: a directory on a local disk. With it each record is in a file before the call returns, and leaves
-      the disk when the server has it; what a process leaves is delivered by the next one that uses the directory. disk when the server has it; what a process leaves behind is delivered by the next one, or by another that uses
-      the directory. *queue_max_size* does not apply; *spool_max_bytes* bounds the files of all processes together.
+      the disk when the server has it; what a process leaves is delivered by the next one that uses the directory.
+      *queue_max_size* does not apply; *spool_max_bytes* bounds the files of all processes together.
       Close and exit leave on disk what is not delivered and raise nothing. Refused records end in ``rejected.log``.
     - *server_url*, *request_timeout*, *ssl_context*, *headers*: as for DefaultCollecter.
     """
