@@ -601,7 +601,9 @@ def _integer(value: int, least: int = -_MAX_INTEGER - 1, most: int = _MAX_INTEGE
 
 
 def _number(value: "Any") -> "Union[int, float]":
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, int):
         return _integer(value)
     if isinstance(value, float):
         plain = float.__float__(value)
@@ -1059,8 +1061,7 @@ class _Connections:
     def close(self) -> None:
         """Close idle connections, and from now on each one as soon as it is idle."""
         self._closed = True
-        while self._take_idle(None) is not None:
-            pass
+        self._take_idle(None)  # none is for nowhere: all are closed
 
     def disown(self) -> None:
         """Close, in a forked child, the descriptors of its parent's connections, those in use included."""
@@ -2063,7 +2064,11 @@ class _Sender:
             longest = min(_LAST_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._failures, 20))
             wait = self._random.uniform(_FIRST_BACKOFF, longest)
         self.not_before = now + wait
-        if now >= self._next_warning:
+
+    def warn(self) -> None:
+        """Log an outage when it begins, then once a minute. Apart from failed(), so that no lock is held here."""
+        now = self._clock()
+        if self.failing_since is not None and now >= self._next_warning:
             self._next_warning = now + _WARN_EVERY
             _log("warning", "nothing is lost, but not delivered: %s", self.state())
 
@@ -2368,6 +2373,8 @@ class _Worker:
             finally:
                 self._turn.release()
             self._reporting = True
+            self._settled.notify()
+            self._sender.warn()
             while self._queue.refusals:
                 self._report(self._queue.refusals.popleft())
         finally:
@@ -2619,7 +2626,11 @@ class LogCollecter(_Collecter):
             line = _line(record)
         except Exception as error:
             raise _illegal("record", record, "must be JSON: %s" % error) from None
-        self._state().put(line)
+        try:
+            self._state().put(line)
+        except AnalysysPythonSdkFileException as error:
+            error.records = [record]
+            raise
 
 
 LogCollecter._State = _LogFile
@@ -2946,6 +2957,7 @@ def _ship(shipment: "_Shipment", sender: "_Sender", options: "Any") -> None:
     try:
         while not stop.is_set():
             sender.attempt(shipment, options.batch, options.request_timeout)
+            sender.warn()
             while shipment.refusals:
                 _log("error", "%s", shipment.refusals.popleft())
             progress.show()
