@@ -111,7 +111,7 @@ _NAME = re.compile(r"\$?[A-Za-z][A-Za-z0-9_]*")  # 3.2
 _FIRST_MS, _LAST_MS = 10**12, 10**13 - 1  # Unix milliseconds of 13 digits: 3.2
 
 _LIB = "python"
-_PLATFORMS = {"ios": "iOS", "android": "Android", "js": "JS", "wechat": "WeChat"}  # in any case: C3
+_PLATFORMS = {"ios": "iOS", "android": "Android", "js": "JS", "wechat": "WeChat", "": _LIB}  # in any case: C3
 _RESERVED = frozenset(
     "xwho xwhat xwhen appid xcontext $lib $lib_version $is_login $debug $platform $original_id".split()
 )
@@ -439,8 +439,7 @@ class AnalysysPythonSdk:
         record = None
         try:
             settings = self._settings
-            if xwhen is None:
-                xwhen = int(self._clock() * 1000)
+            xwhen = int(self._clock() * 1000) if xwhen is None else _check("xwhen", xwhen)
             built = _record(settings, kind, xwho, xwhat, properties, data_platform, is_login, xwhen, original_id)
             if built is not None:
                 record = built
@@ -497,7 +496,7 @@ def _record(
     properties: "Any",
     data_platform: "Optional[str]",
     is_login: bool,
-    xwhen: "Any",
+    xwhen: int,
     original_id: "Optional[str]",
 ) -> "Optional[Record]":
     """Return the record of one call, a private copy, or None where there is nothing to send."""
@@ -511,9 +510,10 @@ def _record(
         for name in settings.lists:
             if name.lower() not in folded:
                 context[name] = list(context[name])
-        for name in settings.folded.keys() & folded.keys():
-            if settings.folded[name] != folded[name]:
-                del context[settings.folded[name]]
+        if not folded.keys().isdisjoint(settings.folded):
+            for name in folded.keys() & settings.folded.keys():
+                if settings.folded[name] != folded[name]:
+                    del context[settings.folded[name]]
     else:
         xwhat = kind.xwhat
         context = settings.common.copy()
@@ -524,7 +524,7 @@ def _record(
         else:
             filled = _copy_properties(kind.properties, properties, context, kind.only) or kind is _ALIASED
     context["$platform"] = _check("data_platform", data_platform)
-    context["$is_login"] = _check("is_login", is_login)
+    context["$is_login"] = is_login if is_login is True or is_login is False else _check("is_login", is_login)
     if kind is _ALIASED:
         context["$original_id"] = _check("distinct_id", original_id)
         context["$is_login"] = True
@@ -532,7 +532,7 @@ def _record(
         "appid": settings.app_id,
         "xwho": xwho,
         "xwhat": xwhat,
-        "xwhen": _check("xwhen", xwhen),
+        "xwhen": xwhen,
         "xcontext": context,
     }
     return record if kind is _TRACK or filled else None
@@ -549,6 +549,13 @@ def _text(value: "Any", shortest: int, longest: float) -> str:
         raise ValueError
     plain.encode()  # lone surrogates are not characters
     return plain
+
+
+def _id(value: "Any") -> str:
+    if type(value) is not str or not 0 < len(value) <= _MAX_ID:
+        return _text(value, 1, _MAX_ID)
+    value.encode()
+    return value
 
 
 def _name(value: "Any") -> str:
@@ -601,6 +608,8 @@ def _integer(value: int, least: int = -_MAX_INTEGER - 1, most: int = _MAX_INTEGE
 
 
 def _number(value: "Any") -> "Union[int, float]":
+    if type(value) is int and -_MAX_INTEGER <= value <= _MAX_INTEGER:
+        return value
     if isinstance(value, bool):
         raise ValueError
     if isinstance(value, int):
@@ -638,8 +647,10 @@ def _moment(value: "Any") -> str:
 
 
 def _platform(value: "Any") -> str:
+    if type(value) is str and value in _PLATFORMS:
+        return _PLATFORMS[value]
     plain = _text("" if value is None else value, 0, float("inf"))
-    return _PLATFORMS.get(plain.lower(), plain) if plain else _LIB
+    return _PLATFORMS.get(plain.lower(), plain)
 
 
 def _when(value: "Any") -> int:
@@ -701,8 +712,8 @@ _NAME_TEXT = r"1 to 99 characters that match \$?[A-Za-z][A-Za-z0-9_]*"
 _RULES = {
     # arguments of tracking calls
     "appid": _Rule("must be a str of 1 to 255 characters", lambda v: _text(v, 1, _MAX_APP_ID)),
-    "distinct_id": _Rule("must be a str of 1 to 254 characters", lambda v: _text(v, 1, _MAX_ID)),
-    "alias_id": _Rule("must be a str of 1 to 254 characters", lambda v: _text(v, 1, _MAX_ID)),
+    "distinct_id": _Rule("must be a str of 1 to 254 characters", _id),
+    "alias_id": _Rule("must be a str of 1 to 254 characters", _id),
     "event_name": _Rule("must be a str of " + _NAME_TEXT, _event_name),
     "data_platform": _Rule("must be a str or None", _platform),
     "is_login": _Rule("must be a bool", lambda v: _exactly(v, True, False)),
@@ -1245,6 +1256,7 @@ class _MemoryQueue:
         self._clock = clock
         self._free: "List[None]" = [None] * max_size
         self._waiting: "Deque[Tuple[float, Record]]" = collections.deque()  # (when it came, record)
+        self.waiting = self._waiting.__len__  # how many records wait that are not in flight
         self._inflight: "List[Record]" = []
         self._surrendered = False
         self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; the worker reports them
@@ -1316,10 +1328,6 @@ class _MemoryQueue:
 
     def is_empty(self) -> bool:
         return not self._waiting and not self._inflight
-
-    def waiting(self) -> int:
-        """Return how many records wait that are not in flight."""
-        return len(self._waiting)
 
     def oldest(self) -> float:
         """Return when the oldest waiting record came."""
@@ -2405,7 +2413,7 @@ class _Collecter:
 
     def uploadData(self, record: "Record") -> None:
         """Take one record; what that means is the collecter's to say. The record is the collecter's from then on."""
-        self._state().put(record)
+        (self._states.get(os.getpid()) or self._state()).put(record)
 
     def flush(self, timeout: "Optional[float]" = 10) -> None:
         """Return when all records accepted so far are delivered, refused for good or written; raise where they are not.
