@@ -199,21 +199,23 @@ def _shown(value: object) -> str:
 
 
 def _log(level: str, message: str, *values: object) -> None:
+    """Log, but for what a logging handler brings about that itself tracks: that would never end."""
     import logging
 
-    getattr(logging.getLogger(_LOGGER), level)(message, *values)
+    if getattr(_LOGGING, "now", False):
+        return
+    _LOGGING.now = True
+    try:
+        logger = logging.getLogger(_LOGGER)
+        if level == "info" and not logger.hasHandlers():  # debug mode is seen without any configuration
+            logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None))
+        else:
+            getattr(logger, level)(message, *values)
+    finally:
+        _LOGGING.now = False
 
 
-def _log_debug(message: str, *values: object) -> None:
-    """Log for debug mode; to stderr where the application has configured no logging."""
-    import logging
-
-    logger = logging.getLogger(_LOGGER)
-    if logger.hasHandlers():
-        logger.info(message, *values)
-    else:
-        entry = logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None)
-        logging.StreamHandler().handle(entry)
+_LOGGING = threading.local()  # .now: whether this thread is logging for us
 
 
 def _tell(on_error: "OnError", error: Exception, concerned: object) -> None:
@@ -444,7 +446,7 @@ class AnalysysPythonSdk:
             if built is not None:
                 record = built
                 if settings.debug:
-                    _log_debug("record %s", json.dumps(record, ensure_ascii=False))
+                    _log("info", "record %s", json.dumps(record, ensure_ascii=False))
                 self._collecter.uploadData(record)
         except Exception as error:
             if self._on_error is None:
@@ -619,10 +621,7 @@ def _number(value: "Any") -> "Union[int, float]":
         if plain - plain != 0:  # NaN and the infinities
             raise ValueError
         return plain
-    if not -_MAX_INTEGER - 1 <= value <= _MAX_INTEGER:
-        raise ValueError
-    whole = int(value)
-    return whole if whole == value else _number(float(value))
+    return _integer(int(value)) if value % 1 == 0 else _number(float(value))
 
 
 def _list(value: "Any") -> "List[str]":
@@ -779,7 +778,7 @@ def _value_rule(value: object) -> _Rule:
         ((list, tuple), "list"),
         (datetime.date, "date"),
     ):
-        if isinstance(value, kinds):
+        if issubclass(type(value), kinds):
             return _RULES[rule]
     return _RULES["value"]
 
@@ -794,7 +793,7 @@ def _copy_properties(
     folded: "Dict[str, str]" = {}
     if given is None:
         return folded
-    if not isinstance(given, dict):
+    if not issubclass(type(given), dict):  # whatever it says of its class
         raise _illegal(argument, given, "must be a dict or None")
     items = list(dict.items(given))  # one step: another thread may change it while we look
     if len(items) > most:
@@ -806,8 +805,9 @@ def _copy_properties(
             folded[_folded_name(name)] = name
         except Exception:
             raise _illegal("a name in " + argument, name, _RULES["name"].text) from None
-        rule = _VALUE_RULES.get(type(value)) or _value_rule(value)
+        rule = _RULES["value"]
         try:
+            rule = _VALUE_RULES.get(type(value)) or _value_rule(value)
             into[name] = rule.plain(value)
         except Exception:
             raise _illegal("%s[%r]" % (argument, name), value, rule.text) from None
@@ -822,9 +822,10 @@ def _copy_names(argument: str, given: "Any", into: "Record") -> bool:
     """Check the names of properties to unset and put each into *into*; return whether there are any."""
     if given is None:
         return False
-    if not isinstance(given, (list, tuple, set, frozenset)):
+    kinds: "Any" = [kind for kind in (list, tuple, set, frozenset) if issubclass(type(given), kind)]
+    if not kinds:
         raise _illegal(argument, given, "must be a list, tuple or set of property names")
-    names = {_check("a name in " + argument, name, "name") for name in list(given)}
+    names = {_check("a name in " + argument, name, "name") for name in [*kinds[0].__iter__(given)]}
     if len(names) > _MAX_PROPERTIES:
         raise _illegal("the number of " + argument, len(names), "must be at most %d" % _MAX_PROPERTIES)
     if len({name.lower() for name in names}) != len(names):
@@ -1258,6 +1259,7 @@ class _MemoryQueue:
         self._waiting: "Deque[Tuple[float, Record]]" = collections.deque()  # (when it came, record)
         self.waiting = self._waiting.__len__  # how many records wait that are not in flight
         self._inflight: "List[Record]" = []
+        self._settled = 0
         self._surrendered = False
         self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; the worker reports them
 
@@ -1303,6 +1305,7 @@ class _MemoryQueue:
             if self._surrendered:  # and reported by whoever took them
                 return
             del self._inflight[:number]
+            self._settled += number
             self._free.extend([None] * number)
             if error is not None:
                 self.refusals.append(error)
@@ -1340,9 +1343,8 @@ class _MemoryQueue:
         return self.stats()["accepted"]
 
     def settled(self) -> int:
-        """Return how many of the accepted records are delivered or rejected; always the oldest ones."""
-        counts = self.ledger.stats()
-        return counts["delivered"] + counts["rejected"]
+        """Return how many of the accepted records, from the oldest, are delivered or refused."""
+        return self._settled
 
     def stats(self) -> "Dict[str, int]":
         with self.ledger.lock:
@@ -1381,12 +1383,10 @@ class _LogFile:
         """Accept *line* and write what makes a batch; where that fails, raise, keep what waited and not *line*."""
         if self.closed:
             raise _closed()
-        is_due = len(self._buffer) + 1 >= self._batch
+        is_due = len(self._buffer) + 1 >= self._batch or not self._buffer and not _register(self)
         if is_due and not _WRITES.interrupted():
             self._write([line])
             return
-        if not self._buffer:
-            _register(self)
         self.ledger.add(accepted=1, pending=1)
         self._buffer.append(line)
         if is_due:
@@ -2015,7 +2015,7 @@ class _Sender:
         except Exception as error:
             verdict = _Verdict(_RETRY, "%s: %s" % (type(error).__name__, error), None)
         if b'"$debug":1' in text or b'"$debug":2' in text:
-            _log_debug("answer for %d records: %s, %s", len(items), verdict.kind, verdict.reason)
+            _log("info", "answer for %d records: %s, %s", len(items), verdict.kind, verdict.reason)
         if verdict.kind == _TOO_LARGE and len(items) == 1:
             return verdict._replace(kind=_REFUSED)
         return verdict
@@ -2144,7 +2144,7 @@ class _Worker:
         self._clock = time.monotonic
         self._timeout = request_timeout
         self._interval = interval
-        self._due_size = due_size
+        self._due_size = min(due_size, queue_size)  # a full queue is due, too
         self._request_size = request_size
         self._queue: "Union[_MemoryQueue, _Spool]" = (
             _MemoryQueue(queue_size, self._clock)
@@ -2186,9 +2186,17 @@ class _Worker:
         if urgent:
             self._urgent = True
         if self._thread is None:
-            self._start()
+            if not self._start():
+                self._finish()
         elif urgent or self._queue.waiting() >= self._wake_at:
             self._wake()
+
+    def _finish(self) -> None:
+        """Deliver in an exit hook that runs after ours: nobody else will. Raise with what cannot be delivered."""
+        try:
+            self.flush(_EXIT_TIMEOUT)
+        except AnalysysPythonSdkNetworkException:
+            self.close(0)
 
     def begin(self) -> None:
         """Start the thread before there is a record, for those that ended processes have left behind."""
@@ -2197,22 +2205,21 @@ class _Worker:
     def flush(self, timeout: "Optional[float]") -> None:
         """Return when all that is accepted by now is settled; raise where that is not so within *timeout* seconds."""
         deadline = float("inf") if timeout is None else self._clock() + timeout
-        with self._queue.ledger.lock:
-            goal = self._queue.accepted()
-            self._goal = max(self._goal, goal)
-        self.hurry()
+        goal = self._queue.accepted()
 
-        def is_done() -> bool:
-            is_settled = self._ended or self._queue.settled() >= goal
-            return is_settled and not self._queue.refusals and not self._reporting
+        def is_over() -> bool:
+            is_settled = self._queue.settled() >= goal and not self._queue.refusals and not self._reporting
+            return is_settled or self._ended
 
-        while not is_done() and not self._is_sending():
+        while not is_over():
+            self.hurry()
             if self._thread is None:
                 self._start(deadline)
-            wait_until = deadline if self._thread else min(deadline, max(self._sender.not_before, self._clock() + 0.01))
-            if not self._settled.wait_for(is_done, wait_until) and self._clock() >= deadline:
+            patience = _CUT_EVERY if self._thread is not None else max(0.01, self._sender.not_before - self._clock())
+            pause_end = min(deadline, self._clock() + patience)
+            if self._is_sending() or not self._settled.wait_for(is_over, pause_end) and self._clock() >= deadline:
                 break
-        if not is_done():
+        if self._queue.settled() < goal or not is_over():
             message = "%d records are not delivered: %s" % (self.stats()["pending"], self._sender.state())
             raise AnalysysPythonSdkNetworkException(message)
 
@@ -2302,21 +2309,20 @@ class _Worker:
 
     # What the sending thread does
 
-    def _start(self, deadline: float = float("inf")) -> None:
-        """Start the thread; where none can be started, send in this one what can be sent."""
+    def _start(self, deadline: float = float("inf")) -> bool:
+        """Start the thread; where none can be started, send in this one what can be sent. False: we are at exit."""
         if not self._starting.acquire(False):
-            return  # another call is at it
+            return True  # another call is at it
         try:
-            if self._thread is not None:
-                return
-            _register(self)
-            try:
-                self._thread = threading.Thread(target=self._run, name="analysys-sender", daemon=True)
-                self._thread.start()
-            except BaseException as error:
-                self._thread = None
-                if not isinstance(error, RuntimeError):
-                    raise
+            will_exit = _register(self)
+            if self._thread is None and will_exit:
+                try:
+                    self._thread = threading.Thread(target=self._run, name="analysys-sender", daemon=True)
+                    self._thread.start()
+                except BaseException as error:
+                    self._thread = None
+                    if not isinstance(error, RuntimeError):
+                        raise
         finally:
             self._starting.release()
         while (
@@ -2327,6 +2333,7 @@ class _Worker:
             and self._turn.acquire(False)
         ):
             self._send(deadline)
+        return will_exit
 
     def _run(self) -> None:
         try:
@@ -2651,29 +2658,32 @@ LogCollecter._State = _LogFile
 # States with records that are not delivered, of this process and, in a forked child, of its parent. Not weak: they
 # outlive their collecters until they are done. The steps of a set are atomic.
 _OPEN: "set[Any]" = set()
-_HOOKED: "set[int]" = set()  # processes that have the hook
+_HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
 
 
-def _register(state: "Any") -> None:
-    """Have *state* closed when this process exits."""
-    _OPEN.add(state)
+def _register(state: "Any") -> bool:
+    """Have *state* closed when this process exits; return False where it is too late for that."""
     pid = os.getpid()
-    if pid in _HOOKED:
-        return
-    if not _HOOKED:
+    if pid not in _HOOKS:
         import atexit
 
-        atexit.register(_deliver_at_exit)  # forked children inherit it
-    _HOOKED.add(pid)
-    # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process.
-    process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
-    if process and util and type(process.current_process()).__name__ != "_MainProcess":
-        util.Finalize(None, _deliver_at_exit, exitpriority=0)
+        if not _HOOKS:
+            atexit.register(_deliver_at_exit)  # forked children inherit it
+        # Once the main thread is over, exit hooks are running already and no new one is called.
+        _HOOKS[pid] = threading.main_thread().is_alive()
+        # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process.
+        process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
+        if process and util and type(process.current_process()).__name__ != "_MainProcess":
+            util.Finalize(None, _deliver_at_exit, exitpriority=0)
+    if _HOOKS[pid]:
+        _OPEN.add(state)
+    return _HOOKS[pid]
 
 
 def _deliver_at_exit() -> None:
     """Close all that is open, within `_EXIT_TIMEOUT` in all; report what could not be delivered."""
     deadline = time.monotonic() + _EXIT_TIMEOUT
+    _HOOKS[os.getpid()] = False
     states = [state for state in list(_OPEN) if state.pid == os.getpid()]
     for state in states:
         state.hurry()
