@@ -1456,9 +1456,7 @@ class _Writes(threading.local):
     """The log files that this thread is writing to: `with` surrounds a write."""
 
     depth = 0
-
-    def __init__(self) -> None:
-        self.postponed: "List[_LogFile]" = []
+    postponed: "Tuple[_LogFile, ...]" = ()
 
     def interrupted(self) -> bool:
         """Tell whether this thread is inside a write already."""
@@ -1466,7 +1464,7 @@ class _Writes(threading.local):
 
     def postpone(self, log: "_LogFile") -> None:
         """Have *log* flushed when the write is over."""
-        self.postponed.append(log)
+        self.postponed += (log,)
 
     def __enter__(self) -> None:
         self.depth += 1
@@ -1474,7 +1472,7 @@ class _Writes(threading.local):
     def __exit__(self, *_: "Any") -> None:
         self.depth -= 1
         while self.postponed:
-            log = self.postponed.pop()
+            log, self.postponed = self.postponed[0], self.postponed[1:]
             try:
                 log.flush()
             except AnalysysPythonSdkFileException as error:
@@ -3355,6 +3353,7 @@ def _demo(arguments: "Any") -> int:
     """Run the scenario through all three collecters and show what arrived."""
     import tempfile
 
+    os.environ["no_proxy"] = "*"  # the receiver is on this machine
     sent = received = 0
     with tempfile.TemporaryDirectory() as directory, Receiver() as server:
         for name, collecter in (
@@ -3373,7 +3372,7 @@ def _demo(arguments: "Any") -> int:
             _print_table(arrived)
             sent, received = sent + collecter.stats()["accepted"], received + len(arrived)
     _print("%d sent, %d received" % (sent, received))
-    return _DONE if received == sent == 18 else _NOT_DELIVERED
+    return _DONE if received == sent > 0 else _NOT_DELIVERED
 
 
 def _scenario(tracker: AnalysysPythonSdk) -> None:
