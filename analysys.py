@@ -1304,11 +1304,11 @@ class _MemoryQueue:
         with self.ledger.lock:
             if self._surrendered:  # and reported by whoever took them
                 return
+            if error is not None:
+                self.refusals.append(error)  # first: who sees it settled must see that it is to be reported
             del self._inflight[:number]
             self._settled += number
             self._free.extend([None] * number)
-            if error is not None:
-                self.refusals.append(error)
             self.ledger.add(pending=-number, **{"rejected" if error else "delivered": number})
 
     def disown(self) -> None:
@@ -2223,10 +2223,9 @@ class _Worker:
 
     def close(self, timeout: "Optional[float]") -> None:
         """Flush and end; raise with what is not delivered in ``records``."""
-        with self._queue.ledger.lock:
-            if self.closed:
-                return
-            self.closed = True
+        if self._ended:
+            return
+        self.closed = True
         self._settled.notify()  # those who wait for room wait in vain
         began = self._clock()
         problem = None
