@@ -53,6 +53,7 @@ import stat
 import sys
 import threading
 import time
+import weakref
 
 try:
     import fcntl
@@ -871,6 +872,12 @@ def _check_record(record: "Any") -> None:
 # No circular check: a record holds no containers of containers, and any other one meets the recursion limit.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
+def _no_number(name: str) -> None:
+    raise ValueError("%s is no JSON" % name)
+
+
+_decoder = json.JSONDecoder(parse_constant=_no_number)  # NaN and the infinities are Python's, not JSON's
+
 _DELIVERED, _REFUSED, _TOO_LARGE, _RETRY = "delivered", "refused", "too large", "retry"
 _Verdict = collections.namedtuple("_Verdict", "kind reason wait")  # wait: seconds the server asked for, or None
 _Answer = collections.namedtuple("_Answer", "status retry_after payload")
@@ -882,6 +889,11 @@ _NOT_THE_DATA = frozenset((401, 403, 404, 407, 408, 413, 429))
 def _line(record: "Record") -> bytes:
     """Return *record* as one line of JSON, newline included."""
     return (_encode(record) + "\n").encode("utf-8")
+
+
+def _decode(text: bytes) -> "Any":
+    """Return the JSON value in *text*; raise ValueError or RecursionError where there is none."""
+    return _decoder.decode(text.decode("utf-8"))
 
 
 def _array(records: "List[Record]") -> bytes:
@@ -1373,7 +1385,7 @@ class _LogFile:
         self._directory = directory
         self._pattern = pattern  # for strftime
         self._batch = batch
-        self._buffer: "Deque[bytes]" = collections.deque()  # lines accepted and not yet written; its steps are atomic
+        self._buffer: "List[bytes]" = []  # lines accepted and not yet written; its steps are atomic
         self._quarter = -1  # of an hour, since 1970: time zones differ by no less, so that long _path stays
         self._path = ""
         self._file: "Optional[_SharedFile]" = None
@@ -1404,7 +1416,7 @@ class _LogFile:
         try:
             self.flush()
         except AnalysysPythonSdkFileException as error:
-            error.records = [json.loads(line.decode("utf-8")) for line in list(self._buffer)]
+            error.records = [_decode(line) for line in list(self._buffer)]
             raise
         self.closed = True
         _OPEN.discard(self)
@@ -1430,25 +1442,23 @@ class _LogFile:
 
     def _write(self, more: "List[bytes]") -> None:
         with _WRITES, self._lock:
-            waited = [self._buffer.popleft() for _ in range(len(self._buffer))]
+            waited = self._buffer[:]
+            note = functools.partial(self._buffer.__delitem__, slice(len(waited)))
             path = self._path_now()
             try:
                 if self._file is None or self._file.path != path:
                     self.disown()
                     self._file = _SharedFile(path)
-                self._file.append(b"".join(waited + more))
-            except BaseException as error:
-                self._buffer.extendleft(reversed(waited))
-                if isinstance(error, OSError):
-                    raise _unwritable(path, error) from error
-                raise
+                self._file.append(b"".join(waited + more), note)
+            except OSError as error:
+                raise _unwritable(path, error) from error
             self.ledger.add(accepted=len(more), delivered=len(waited) + len(more), pending=-len(waited))
 
     def _path_now(self) -> str:
         now = self.clock()
         if now // 900 != self._quarter:
-            self._quarter = int(now // 900)
             self._path = os.path.join(self._directory, time.strftime(self._pattern, time.localtime(now)))
+            self._quarter = int(now // 900)
         return self._path
 
 
@@ -1492,21 +1502,25 @@ class _SharedFile:
         self._identity = (-1, -1)
         self._end = 0  # where our last append ended: nothing came after it if the file still has that size
 
-    def append(self, lines: bytes) -> None:
-        """Append *lines* (whole ones) as one, or raise OSError and leave no part of them."""
-        size = self._lock()
+    def append(self, lines: bytes, note: "Callable[[], None]") -> None:
+        """Append *lines* (whole ones) and call *note*, or raise OSError and leave no part of them."""
         try:
+            size = self._lock()
             if size != self._end and size > 0 and _read_at(self._fd, size - 1, 1) != b"\n":
                 lines = b"\n" + lines  # end the line that a killed writer left
-            _append(self._fd, size, lines)
+            _append(self._fd, size, lines, note)
             self._end = size + len(lines)
-        finally:
             _unlock_file(self._fd)
+        except BaseException:
+            self.close()  # and so unlock it
+            raise
+        if not hasattr(os, "register_at_fork"):  # a child could keep the file open, and a lock on it: Python 3.6
+            self.close()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _lock(self) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
@@ -1522,7 +1536,7 @@ class _SharedFile:
                     return now.st_size
             except FileNotFoundError:
                 pass
-            self.close()  # and so unlock it
+            self.close()
         raise OSError(errno.EBUSY, "renamed or deleted again and again")
 
 
@@ -1541,16 +1555,20 @@ def _open_lines(path: str, mode: int) -> int:
     return fd
 
 
-def _append(fd: int, size: int, data: bytes) -> None:
-    """Append all of *data* to a file of *size* bytes, or raise and leave the file as it was."""
-    written = 0
+def _append(fd: int, size: int, data: bytes, note: "Callable[[], None]") -> None:
+    """Append all of *data* to a file of *size* bytes and call *note*, or leave the file as it was and raise.
+
+    A signal handler may raise at any moment, also when all is written: then what counts is how long the file is.
+    """
+    written, whole = 0, len(data)
     try:
-        while written < len(data):
+        while written < whole:
             written += os.write(fd, data[written:] if written else data)
-    except BaseException:
-        if written:
+    finally:
+        if written == whole or os.fstat(fd).st_size == size + whole:
+            note()
+        else:
             os.ftruncate(fd, size)
-        raise
 
 
 def _read_at(fd: int, offset: int, size: int) -> bytes:
@@ -1591,24 +1609,34 @@ def _unlock_file(fd: int) -> None:
 _Line = collections.namedtuple("_Line", "text file number end")
 
 
-def _read_lines(file: "Any", name: str, start: "Tuple[int, int]", most: int, end: float) -> "List[_Line]":
-    """Read up to *most* lines of *file*, which stands at *start* (offset, line number), as far as offset *end*."""
+def _read_lines(
+    file: "Any", name: str, start: "Tuple[int, int]", most: int, end: float
+) -> "Tuple[List[_Line], Tuple[int, int]]":
+    """Read up to *most* lines of *file*, which stands at *start* (offset, line number), as far as offset *end*.
+
+    Return them and where the file stands then. Blank lines are skipped. A read that fails after some lines ends them.
+    """
     offset, number = start
     lines: "List[_Line]" = []
     while len(lines) < most and offset < end:
-        text = file.readline(_MAX_LINE)
+        try:
+            text = file.readline(_MAX_LINE)
+        except Exception:
+            if not lines:
+                raise
+            break
         if not text:
             break
         offset, number = offset + len(text), number + 1
         if not text.isspace():
             lines.append(_Line(text, name, number, offset))
-    return lines
+    return lines, (offset, number)
 
 
 def _sound(lines: "List[_Line]") -> int:
     """Return how many of *lines*, from the first, are records in JSON."""
     try:
-        parsed = json.loads(_join(lines).decode("utf-8"))  # all at once is the fast way
+        parsed = _decode(_join(lines))  # all at once is the fast way
         if len(parsed) == len(lines) and all(type(record) is dict for record in parsed):
             return len(lines)
     except (ValueError, RecursionError):
@@ -1622,7 +1650,7 @@ def _sound(lines: "List[_Line]") -> int:
 def _damage(text: bytes) -> "Optional[str]":
     """Say what is wrong with a line that should hold a record in JSON; None where nothing is."""
     try:
-        return None if isinstance(json.loads(text.decode("utf-8")), dict) else "not a JSON object"
+        return None if isinstance(_decode(text), dict) else "not a JSON object"
     except (ValueError, RecursionError) as error:
         return "not JSON: %s" % error
 
@@ -1635,8 +1663,7 @@ def _join(lines: "List[_Line]") -> bytes:
 def _records(lines: "List[_Line]") -> "List[Any]":
     """Return *lines* as records, or as text where they are none."""
     return [
-        line.text.decode("utf-8", "replace") if _damage(line.text) else json.loads(line.text.decode("utf-8"))
-        for line in lines
+        line.text.decode("utf-8", "replace") if _damage(line.text) else _decode(line.text) for line in lines
     ]
 
 
@@ -1647,7 +1674,8 @@ def _reject_lines(rejected: "_SharedFile", lines: "List[_Line]", reason: str) ->
         for line, record in zip(lines, _records(lines))
     ]
     try:
-        rejected.append(b"".join(map(_line, entries)))
+        lacking = "".join(json.dumps(entry) + "\n" for entry in entries)  # ASCII: a record may hold half a character
+        rejected.append(lacking.encode("ascii"), lambda: None)
     except OSError as error:
         _log("error", "cannot write %s: %s; it lacks %s", rejected.path, error, entries)
     finally:
@@ -1672,7 +1700,7 @@ class _Owner:
         self._taken = (0, 0)
 
     def claim(self) -> bool:
-        """Become the owner if there is none; a process that is gone owns nothing."""
+        """Become the owner if there is none; a process that is gone owns nothing. Raise OSError where that fails."""
         path = self._base + ".lock"
         if _CLAIMED.setdefault((os.getpid(), path), self) is not self:
             return False
@@ -1680,14 +1708,15 @@ class _Owner:
             self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
             if _lock_forever(self._lock_fd) and os.fstat(self._lock_fd).st_nlink > 0:  # else removed meanwhile
                 kept = os.read(self._lock_fd, 100).split()
-                if len(kept) == 3:
+                if len(kept) == 3 and b"".join(kept).isdigit():
                     self.first, self.start = int(kept[0]), (int(kept[1]), int(kept[2]))
                 self._taking, self._taken = self.first, self.start
                 return True
-        except (OSError, ValueError) as error:
-            _log("warning", "cannot use %s: %s", path, error)
-        self.release()
-        return False
+            self.release()
+            return False
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Give up the files as they are; whoever finds them may claim them."""
@@ -1725,10 +1754,8 @@ class _Owner:
             if self._reading is not None:
                 name = os.path.basename(self.path(self._taking))
                 limit = end if self._taking == last else float("inf")
-                lines = _read_lines(self._reading, name, self._taken, most, limit)
+                lines, self._taken = _read_lines(self._reading, name, self._taken, most, limit)
             if lines or self._taking >= last:
-                if lines:
-                    self._taken = (lines[-1].end, lines[-1].number)
                 return lines
             if self._reading is not None:
                 self._reading.close()
@@ -1791,7 +1818,7 @@ class _Spool:
         # Guards the file that is written, while it is. Re-entrant, for a __del__ or signal handler that tracks.
         self._writing = threading.RLock()
         self._fd = -1
-        self._number, self._size = 0, 0
+        self._number = 0
         self._written = 0  # own records
         self._since = 0.0  # when the oldest waiting record came, or before
         # Guards the files that are read, while a batch is taken or settled. Taken before _writing, never after.
@@ -1813,18 +1840,22 @@ class _Spool:
         with self._writing:
             if self._closed:
                 raise _closed()
-            try:
-                if self._fd < 0 or self._size and self._size + len(line) > self._roll_size:
-                    if not self._roll():
-                        return False
-                _append(self._fd, self._size, line)
-            except OSError as error:
-                raise _unwritable(self._own.path(self._number), error) from error
+
+            def note() -> None:
+                self._written += 1
+                self.ledger.add(accepted=1, pending=1)
+
             if self._written == self._taken:
                 self._since = self._clock()
-            self.ledger.add(accepted=1, pending=1)
-            self._size += len(line)
-            self._written += 1
+            try:
+                size = self._size()
+                if size < 0 or size and size + len(line) > self._roll_size:
+                    if not self._roll():
+                        return False
+                    size = 0
+                _append(self._fd, size, line, note)
+            except OSError as error:
+                raise _unwritable(self._own.path(self._number), error) from error
         return True
 
     def take_back(self, record: "Record") -> bool:
@@ -1879,7 +1910,7 @@ class _Spool:
         with self._reading, self._writing:
             if not self._closed:
                 self._closed = True
-                if self._written == self._settled:
+                if self._is_delivered():
                     self._own.remove(self._number)
                 self.disown()
         return []
@@ -1898,16 +1929,19 @@ class _Spool:
             return
         self._look_at = self._clock() + _LOOK_EVERY
         with self._reading:
-            for name in [] if self._closed else self._owners():
-                owner = _Owner(self._directory, name)
-                if owner.claim():
-                    self._adopted.append(owner)
+            try:
+                for name in [] if self._closed else self._owners():
+                    owner = _Owner(self._directory, name)
+                    if owner.claim():
+                        self._adopted.append(owner)
+            except OSError as error:
+                _log("warning", "cannot look for spool files in %s: %s", self._directory, error)
 
     def is_due(self, size: int) -> bool:
         return self.waiting() >= size or bool(self._inflight or self._adopted)
 
     def is_empty(self) -> bool:
-        return self._written == self._settled and not self._adopted
+        return self._written <= self._settled and not self._adopted
 
     def waiting(self) -> int:
         return self._written - self._taken
@@ -1937,18 +1971,27 @@ class _Spool:
 
     def _roll(self) -> bool:
         """Begin the next file; return False where the spool would get too large."""
-        if self._fd >= 0 and self._used() + self._roll_size > self._max_bytes:
+        used = self._used()
+        if used and used + self._roll_size > self._max_bytes:
             return False
         number = self._number + 1
-        fd = _open_lines(self._own.path(number), 0o600)
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd, self._number, self._size = fd, number, os.fstat(fd).st_size
+        fd, old = _open_lines(self._own.path(number), 0o600), self._fd
+        self._fd, self._number = fd, number
+        if old >= 0:
+            os.close(old)
         return True
+
+    def _size(self) -> int:
+        """Return the size of the file that is written, -1 where there is none."""
+        return os.fstat(self._fd).st_size if self._fd >= 0 else -1
+
+    def _is_delivered(self) -> bool:
+        """Tell, by the file, whether all is delivered that this process wrote."""
+        return self._fd < 0 or (self._own.first, self._own.start[0]) == (self._number, self._size())
 
     def _used(self) -> int:
         """Return the bytes of all spool files here, less the one that is written if it is wholly delivered."""
-        used = -self._size if self._written == self._settled else 0
+        used = -max(0, self._size()) if self._is_delivered() else 0
         for name in os.listdir(self._directory):
             if _SPOOL_FILE.fullmatch(name):
                 try:
@@ -1973,7 +2016,7 @@ class _Spool:
             self._adopted.pop(0).remove(newest)
         self._source = self._own
         with self._writing:
-            number, size = self._number, self._size
+            number, size = self._number, self._size()
         return self._own.read(most, number, size)
 
 
@@ -2258,6 +2301,8 @@ class _Worker:
 
     def abandon(self) -> None:
         """The collecter is gone: deliver what is left, then end."""
+        if self._ended:
+            return
         self._abandoned = True
         self._wake()
         if self._thread is None and self._queue.is_empty():
@@ -2343,9 +2388,9 @@ class _Worker:
                     self._send(float("inf"))
                 else:
                     self._gate.acquire(timeout=min(wait, self._queue.rounds, _LONGEST_WAIT))
+            self._end()
         finally:
             self._thread = None
-        self._end()
 
     def _end(self) -> None:
         self._queue.surrender()
@@ -2414,6 +2459,7 @@ class _Collecter:
         self._closed = closed
         self._states: "Dict[int, Any]" = {}
         self._state()
+        _notice_forks(self)
 
     def uploadData(self, record: "Record") -> None:
         """Take one record; what that means is the collecter's to say. The record is the collecter's from then on."""
@@ -2462,11 +2508,15 @@ class _Collecter:
         fresh = self._State(**self._config)
         fresh.closed = self._closed
         state = self._states.setdefault(pid, fresh)  # one step: where several threads come here, one state stays
-        for other in [other for other in list(self._states) if other != pid]:
-            parents = self._states.pop(other, None)
-            if parents is not None:
-                parents.disown()
+        self._disown()
         return state
+
+    def _disown(self) -> None:
+        """Let go of what belongs to the process that this one was forked from."""
+        for pid in [pid for pid in list(self._states) if pid != os.getpid()]:
+            state = self._states.pop(pid, None)
+            if state is not None:
+                state.disown()
 
 
 def _http_config(
@@ -2649,12 +2699,13 @@ LogCollecter._State = _LogFile
 
 
 ########################################################################################################################
-# Process hooks: delivery at exit
+# Process hooks: exit and fork
 ########################################################################################################################
 
 # States with records that are not delivered, of this process and, in a forked child, of its parent. Not weak: they
 # outlive their collecters until they are done. The steps of a set are atomic.
 _OPEN: "set[Any]" = set()
+_COLLECTERS: "List[Any]" = []  # weak references
 _HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
 
 
@@ -2675,6 +2726,20 @@ def _register(state: "Any") -> bool:
     if _HOOKS[pid]:
         _OPEN.add(state)
     return _HOOKS[pid]
+
+
+def _notice_forks(collecter: "_Collecter") -> None:
+    """Have a forked child of this process close its parent's descriptors at once, where Python can do that (3.7)."""
+    if not _COLLECTERS and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_disown_all)
+    _COLLECTERS.append(weakref.ref(collecter, _COLLECTERS.remove))
+
+
+def _disown_all() -> None:
+    for reference in list(_COLLECTERS):
+        collecter = reference()
+        if collecter is not None:
+            collecter._disown()
 
 
 def _deliver_at_exit() -> None:
@@ -2910,8 +2975,9 @@ def _fingerprint() -> str:
 
 def _upload(arguments: "Any") -> int:
     """Deliver files of lines, or check them only."""
+    paths = list(map(_existing, arguments.path))
     if arguments.dry_run:
-        return _check_files(arguments.path)
+        return _check_files(paths)
     headers = _http_headers(dict(map(_header, arguments.header)))
     context = None
     if arguments.ca:
@@ -2919,10 +2985,10 @@ def _upload(arguments: "Any") -> int:
 
         context = ssl.create_default_context(cafile=arguments.ca)
     transport = _Transport(_url(arguments.server), context, headers)
-    checkpoint = _Checkpoint(arguments.checkpoint or _beside(arguments.path[0]))
+    checkpoint = _Checkpoint(arguments.checkpoint or _beside(paths[0]))
     checkpoint.lock()
     try:
-        shipment = _Shipment(arguments.path, checkpoint, arguments)
+        shipment = _Shipment(paths, checkpoint, arguments)
         sender = _Sender(transport, shipment.ledger, shipment.encode)
         _ship(shipment, sender, arguments)
         return _sum_up(shipment, sender)
@@ -2966,9 +3032,15 @@ def _ship(shipment: "_Shipment", sender: "_Sender", options: "Any") -> None:
     stop = threading.Event()
     progress = _Progress(shipment)
     kept = {}
+
+    def on_signal(*_: "Any") -> None:
+        stop.set()
+        if shipment.is_waiting:  # for standard input; but a request under way is waited for
+            raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # what is under way is waited for
-            kept[number] = signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            kept[number] = signal.signal(number, on_signal)
     try:
         while not stop.is_set():
             sender.attempt(shipment, options.batch, options.request_timeout)
@@ -2985,6 +3057,8 @@ def _ship(shipment: "_Shipment", sender: "_Sender", options: "Any") -> None:
                     break
                 if not shipment.look_again():
                     stop.wait(_FOLLOW_EVERY)
+    except KeyboardInterrupt:
+        pass
     finally:
         progress.end()
         for number, handler in kept.items():
@@ -3122,9 +3196,13 @@ def _files(paths: "List[str]") -> "List[str]":
             found += [os.path.join(path, name) for name in names]
         elif path == "-" or os.path.exists(path):
             found.append(path)
-        else:
-            raise _illegal("PATH", path, "must be a directory, a file, or -")
     return found
+
+
+def _existing(path: str) -> str:
+    if path != "-" and not os.path.exists(path):
+        raise _illegal("PATH", path, "must be a directory, a file, or -")
+    return path
 
 
 def _open_to_read(path: str) -> "Any":
@@ -3150,12 +3228,14 @@ class _Shipment:
         self.stats = self.ledger.stats
         self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()
         self.problem = ""  # why a file could not be read
+        self.is_waiting = False  # for standard input
         self.rejected_path = os.path.join(os.path.dirname(checkpoint.path or os.path.abspath("-")), "rejected.log")
         self._paths = paths
         self._checkpoint = checkpoint
         self._options = options
         self._rejected = _SharedFile(self.rejected_path)
         self._seen: "Dict[str, Any]" = {}  # path -> what stat said before it was read to its end
+        self._done: "Dict[str, Any]" = {}  # path -> what stat said, size, entry: of files that may go in time
         self._waiting = _files(paths)
         self._file: "Any" = None  # the one that is read, and about it:
         self._path = ""
@@ -3204,19 +3284,18 @@ class _Shipment:
     def look_again(self) -> bool:
         """Return whether there are files that are new, have grown or were renamed since they were read."""
         self._waiting = [path for path in _files(self._paths) if path != "-" and self._seen.get(path) != _stat(path)]
+        self._tidy()
         return bool(self._waiting)
 
     def remaining(self) -> int:
         """Return how many lines are not settled; of standard input, how many of those that were read."""
         left = len(self._inflight + self._ahead) if self._path == "-" else 0
         self._close()
-        for path in _files(self._paths):
-            if path == "-":
-                continue
+        for path in [path for path in _files(self._paths) if path != "-"]:
             try:
                 with _open_to_read(path) as file:
                     file.seek(self._checkpoint.entry(os.path.basename(path), file.read(_HASHED))["offset"])
-                    left += sum(line.endswith(b"\n") and not line.isspace() for line in file)
+                    left += sum(not line.isspace() and self._is_whole(path, line) for line in file)
             except Exception as error:  # gzip has many
                 self.problem = "%s: %s" % (path, error)
                 left += 1
@@ -3236,20 +3315,37 @@ class _Shipment:
             try:
                 if self._file is None:
                     self._open(self._waiting.pop(0))
-                lines = _read_lines(self._file, os.path.basename(self._path), self._position, most, float("inf"))
+                lines = self._read_file(most)
             except Exception as error:  # gzip has many
                 self.problem = "%s: %s" % (self._path, error)
                 _log("error", "cannot read %s", self.problem)
                 self._seen[self._path] = self._opened
                 self._close()
                 continue
-            if lines and not lines[-1].text.endswith(b"\n") and not self._is_complete(lines[-1].text):
-                lines.pop()
             if lines:
-                self._position = (lines[-1].end, lines[-1].number)
                 return lines
             self._finish()
         return []
+
+    def _read_file(self, most: int) -> "List[_Line]":
+        name = os.path.basename(self._path)
+        if self._path != "-":
+            lines, self._position = _read_lines(self._file, name, self._position, most, float("inf"))
+            if lines and not self._is_whole(self._path, lines[-1].text):
+                cut = lines.pop()
+                self._position = (cut.end - len(cut.text), cut.number - 1)
+                self._file.seek(self._position[0])
+            return lines
+        try:
+            self.is_waiting = True
+            while len(self._ahead) < most:  # kept there line by line, since a signal ends the wait for more
+                lines, self._position = _read_lines(self._file, name, self._position, 1, float("inf"))
+                if not lines:
+                    break
+                self._ahead += lines
+        finally:
+            self.is_waiting = False
+        return self._ahead
 
     def _open(self, path: str) -> None:
         self._path, self._opened, self._position = path, _stat(path), (0, 0)
@@ -3260,23 +3356,31 @@ class _Shipment:
             self._position = (self._entry["offset"], self._entry["line"])
             self._file.seek(self._position[0])
 
-    def _is_complete(self, text: bytes) -> bool:
-        """Tell whether a last line that lacks its newline is all that there will be of it."""
-        return self._path == "-" or self._path.endswith(".gz") or not self._options.follow and _damage(text) is None
+    def _is_whole(self, path: str, text: bytes) -> bool:
+        """Tell whether a line of *path* has its newline, or is all that there will be of it without."""
+        is_final = text.endswith(b"\n") or len(text) == _MAX_LINE or path.endswith(".gz")
+        return is_final or not self._options.follow and _damage(text) is None
 
     def _finish(self) -> None:
-        """Be done with a file that is read to its end, and remove it if that is asked for."""
-        self._seen[self._path] = self._opened
-        path, size = self._path, self._position[0]
+        """Be done with a file that is read to its end."""
+        path, self._seen[self._path] = self._path, self._opened
         self._close()
-        if self._options.delete and path != "-" and self._is_old(path) and _remove(path, self._opened, size):
-            self._checkpoint.forget(self._entry)
+        if path != "-":
+            self._done[path] = (self._opened, self._position[0], self._entry)
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove, if that is asked for, files that are wholly delivered and no longer in use."""
+        for path, (opened, size, entry) in list(self._done.items()) if self._options.delete else []:
+            if self._is_old(path):
+                del self._done[path]
+                if _remove(path, opened, size):
+                    self._checkpoint.forget(entry)
 
     def _is_old(self, path: str) -> bool:
         """Tell whether nobody will write to *path* any more, by its name."""
         current = [time.strftime(pattern) for pattern in _LOG_NAMES.values()]
-        newest = max(os.path.basename(found) for found in _files(self._paths))
-        return os.path.basename(path) not in current + [newest]
+        return os.path.basename(path) not in current + [max(map(os.path.basename, _files(self._paths)), default="")]
 
     def _close(self) -> None:
         if self._file is not None and self._path != "-":
@@ -3313,10 +3417,10 @@ def _remove(path: str, opened: "Any", size: int) -> bool:
 
 def _as_history(text: bytes) -> bytes:
     """Return a record with the flag that has the platform take it whatever its time."""
-    record = json.loads(text.decode("utf-8"))
+    record = _decode(text)
     if isinstance(record.get("xcontext"), dict):
         record["xcontext"].setdefault("$importFlag", 1)
-    return _line(record)
+    return json.dumps(record).encode("ascii")
 
 
 def _check_files(paths: "List[str]") -> int:
@@ -3332,7 +3436,7 @@ def _check_files(paths: "List[str]") -> int:
                 try:
                     if _damage(text) is not None:
                         raise AnalysysPythonSdkIllegalDataException("damaged")
-                    record = json.loads(text.decode("utf-8"))
+                    record = _decode(text)
                     _check_record(record)
                     counts = events.setdefault(record["xwhat"], [0, path, number])
                 except AnalysysPythonSdkIllegalDataException as error:
