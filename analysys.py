@@ -1262,6 +1262,7 @@ class _MemoryQueue:
     """
 
     encode = staticmethod(_array)
+    is_durable = False  # whether what is not delivered at the end stays for the next process
     rounds = float("inf")  # seconds between two calls of look_around()
 
     def __init__(self, max_size: int, clock: "Callable[[], float]") -> None:
@@ -1805,6 +1806,7 @@ class _Spool:
 
     encode = staticmethod(_join)
     decode = staticmethod(_records)
+    is_durable = True
     rounds = _LOOK_EVERY
 
     def __init__(self, directory: str, max_bytes: int, clock: "Callable[[], float]") -> None:
@@ -2277,8 +2279,9 @@ class _Worker:
         except AnalysysPythonSdkNetworkException as error:
             problem = error
         self._ended = True
-        left = self._queue.surrender()
         thread = self._thread
+        # A spool stays the thread's until its request is over, so that nobody sends the same meanwhile.
+        left = [] if self._queue.is_durable and thread is not None else self._queue.surrender()
         self._settled.notify()
         self._wake()
         if thread is None:
