@@ -112,7 +112,7 @@ _NAME = re.compile(r"\$?[A-Za-z][A-Za-z0-9_]*")  # 3.2
 _FIRST_MS, _LAST_MS = 10**12, 10**13 - 1  # Unix milliseconds of 13 digits: 3.2
 
 _LIB = "python"
-_PLATFORMS = {"ios": "iOS", "android": "Android", "js": "JS", "wechat": "WeChat", "": _LIB}  # in any case: C3
+_PLATFORMS = {"ios": "iOS", "android": "Android", "js": "JS", "wechat": "WeChat", _LIB: _LIB, "": _LIB}  # in any case: C3
 _RESERVED = frozenset(
     "xwho xwhat xwhen appid xcontext $lib $lib_version $is_login $debug $platform $original_id".split()
 )
@@ -366,8 +366,7 @@ class AnalysysPythonSdk:
 
     def registerSuperProperties(self, super_properties: "Properties") -> None:
         """Add properties, 100 in all, that every later ``track`` carries; a name replaces itself in any case."""
-        added: "Record" = {}
-        folded = _copy_properties("super_properties", super_properties, added)
+        added, folded = _copy_properties("super_properties", super_properties)
         with self._lock():
             kept = {name: value for name, value in self._settings.supers.items() if name.lower() not in folded}
             if len(kept) + len(added) > _MAX_PROPERTIES:
@@ -506,10 +505,14 @@ def _record(
     if settings.app_id is None:
         raise AnalysysPythonSdkIllegalDataException("appid is not set: setAppId() must come before any tracking call")
     xwho = _check(kind.xwho, xwho)
+    platform = _check("data_platform", data_platform)
+    if is_login is not True and is_login is not False:
+        is_login = _check("is_login", is_login)
+    own: "Record" = {}
     if kind is _TRACK:
-        context = settings.track.copy()
         xwhat = _check("event_name", xwhat)
-        folded = _copy_properties("event_properties", properties, context)
+        own, folded = _copy_properties("event_properties", properties)
+        context = {**settings.track, "$platform": platform, "$is_login": is_login, **own}
         for name in settings.lists:
             if name.lower() not in folded:
                 context[name] = list(context[name])
@@ -519,26 +522,23 @@ def _record(
                     del context[settings.folded[name]]
     else:
         xwhat = kind.xwhat
-        context = settings.common.copy()
         if kind is _UNSET:
-            filled: "Any" = _copy_names(kind.properties, properties, context)
-        elif kind is _DELETE:
-            filled = True
-        else:
-            filled = _copy_properties(kind.properties, properties, context, kind.only) or kind is _ALIASED
-    context["$platform"] = _check("data_platform", data_platform)
-    context["$is_login"] = is_login if is_login is True or is_login is False else _check("is_login", is_login)
-    if kind is _ALIASED:
-        context["$original_id"] = _check("distinct_id", original_id)
-        context["$is_login"] = True
-    record = {
+            own = _copy_names(kind.properties, properties)
+        elif kind is not _DELETE:
+            own, _ = _copy_properties(kind.properties, properties, kind.only)
+        context = {**settings.common, "$platform": platform, "$is_login": is_login, **own}
+        if kind is _ALIASED:
+            context["$original_id"] = _check("distinct_id", original_id)
+            context["$is_login"] = True
+        elif not own and kind is not _DELETE:
+            return None
+    return {
         "appid": settings.app_id,
         "xwho": xwho,
         "xwhat": xwhat,
         "xwhen": xwhen,
         "xcontext": context,
     }
-    return record if kind is _TRACK or filled else None
 
 
 ########################################################################################################################
@@ -578,6 +578,14 @@ def _property_name(value: "Any") -> str:
 @functools.lru_cache(1024)  # the names of an application are few: seen once, a name is not matched again
 def _folded_name(plain: str) -> str:
     return _property_name(plain).lower()
+
+
+@functools.lru_cache(256)  # and come in few sets
+def _folded_names(names: "Tuple[str, ...]") -> "Dict[str, str]":
+    folded = {_folded_name(name): name for name in names}
+    if len(folded) != len(names):
+        raise ValueError
+    return folded
 
 
 @functools.lru_cache(1024)
@@ -768,61 +776,80 @@ def _check(argument: str, value: "Any", rule: "Optional[str]" = None) -> "Any":
 
 
 def _value_rule(value: object) -> _Rule:
-    """Return the rule for a value whose type is not one of the exact ones."""
-    import datetime
-    import decimal
-    import numbers
+    """Return the rule that a value falls under by its type; a hostile type may have none."""
+    try:
+        if type(value) in _VALUE_RULES:
+            return _VALUE_RULES[type(value)]
+        import datetime
+        import decimal
+        import numbers
 
-    for kinds, rule in (
-        (str, "str"),
-        ((numbers.Real, decimal.Decimal), "number"),
-        ((list, tuple), "list"),
-        (datetime.date, "date"),
-    ):
-        if issubclass(type(value), kinds):
-            return _RULES[rule]
+        for kinds, rule in (
+            (str, "str"),
+            ((numbers.Real, decimal.Decimal), "number"),
+            ((list, tuple), "list"),
+            (datetime.date, "date"),
+        ):
+            if issubclass(type(value), kinds):
+                return _RULES[rule]
+    except Exception:
+        pass
     return _RULES["value"]
 
 
 def _copy_properties(
-    argument: str, given: "Any", into: "Record", only: "Optional[str]" = None, most: int = _MAX_PROPERTIES
-) -> "Dict[str, str]":
-    """Check and copy properties in one pass; return their names in lower case, each with its spelling.
+    argument: str, given: "Any", only: "Optional[str]" = None, most: int = _MAX_PROPERTIES
+) -> "Tuple[Record, Dict[str, str]]":
+    """Return a checked copy of properties, and their names in lower case, each with its spelling.
 
     *only* is the one rule that every value must fall under.
     """
-    folded: "Dict[str, str]" = {}
     if given is None:
-        return folded
+        return {}, {}
     if not issubclass(type(given), dict):  # whatever it says of its class
         raise _illegal(argument, given, "must be a dict or None")
-    items = list(dict.items(given))  # one step: another thread may change it while we look
-    if len(items) > most:
-        raise _illegal("the number of " + argument, len(items), "must be at most %d" % most)
-    for name, value in items:
-        try:
-            if type(name) is not str:
-                name = str.__str__(name)
-            folded[_folded_name(name)] = name
+    # A copy in one step: another thread may change it while we look. Of a subclass, what it holds, not what it says.
+    own = given.copy() if type(given) is dict else dict(dict.items(given))
+    if len(own) > most:
+        raise _illegal("the number of " + argument, len(own), "must be at most %d" % most)
+    if not _PLAIN_NAME.issuperset(map(type, own)):
+        own = _with_plain_names(argument, own)
+    try:
+        folded = _folded_names(tuple(own))
+    except ValueError:
+        names = [_check("a name in " + argument, name, "name") for name in own]
+        raise _same_names(argument, names) from None
+    for name, value in own.items():
+        kind = type(value)
+        try:  # the usual kinds in line: a call costs as much as all the rest of a check
+            if kind is str and len(value) <= _MAX_STRING:
+                value.encode()
+            elif kind is not bool and (kind is not int or not -_MAX_INTEGER <= value <= _MAX_INTEGER):
+                own[name] = _value_rule(value).plain(value)
         except Exception:
-            raise _illegal("a name in " + argument, name, _RULES["name"].text) from None
-        rule = _RULES["value"]
-        try:
-            rule = _VALUE_RULES.get(type(value)) or _value_rule(value)
-            into[name] = rule.plain(value)
-        except Exception:
-            raise _illegal("%s[%r]" % (argument, name), value, rule.text) from None
-        if only is not None and rule is not _RULES[only]:
-            raise _illegal("%s[%r]" % (argument, name), value, _RULES[only].text)
-    if len(folded) != len(items):
-        raise _same_names(argument, [str.__str__(name) for name, _ in items])
-    return folded
+            raise _illegal("%s[%r]" % (argument, name), value, _value_rule(value).text) from None
+    if only is not None:
+        for name, value in own.items():
+            if _value_rule(value) is not _RULES[only]:
+                raise _illegal("%s[%r]" % (argument, name), value, _RULES[only].text)
+    return own, folded
 
 
-def _copy_names(argument: str, given: "Any", into: "Record") -> bool:
-    """Check the names of properties to unset and put each into *into*; return whether there are any."""
+_PLAIN_NAME = frozenset((str,))
+
+
+def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
+    """Return properties with names of subclasses of str as str."""
+    plain = {_check("a name in " + argument, name, "name"): value for name, value in given.items()}
+    if len(plain) != len(given):
+        raise _same_names(argument, [_check("a name in " + argument, name, "name") for name in given])
+    return plain
+
+
+def _copy_names(argument: str, given: "Any") -> "Record":
+    """Return the checked names of properties to unset, each with the value that unsets it."""
     if given is None:
-        return False
+        return {}
     kinds: "Any" = [kind for kind in (list, tuple, set, frozenset) if issubclass(type(given), kind)]
     if not kinds:
         raise _illegal(argument, given, "must be a list, tuple or set of property names")
@@ -831,8 +858,7 @@ def _copy_names(argument: str, given: "Any", into: "Record") -> bool:
         raise _illegal("the number of " + argument, len(names), "must be at most %d" % _MAX_PROPERTIES)
     if len({name.lower() for name in names}) != len(names):
         raise _same_names(argument, sorted(names))
-    into.update(dict.fromkeys(names, ""))
-    return bool(names)
+    return dict.fromkeys(names, "")
 
 
 def _same_names(argument: str, names: "List[str]") -> AnalysysPythonSdkIllegalDataException:
@@ -862,7 +888,7 @@ def _check_record(record: "Any") -> None:
         raise _illegal("xcontext", context, "must have $original_id in an $alias record")
     own = {name: value for name, value in context.items() if name not in _CONTEXT_RULES}
     only = {kind.xwhat: kind.only for kind in (_INCREMENT, _APPEND)}.get(record["xwhat"])
-    _copy_properties("xcontext", own, {}, only, 2 * _MAX_PROPERTIES)
+    _copy_properties("xcontext", own, only, 2 * _MAX_PROPERTIES)
 
 
 ########################################################################################################################
@@ -1579,8 +1605,7 @@ def _read_at(fd: int, offset: int, size: int) -> bytes:
 
 def _lock_file(fd: int) -> None:
     """Lock an open file against other processes, waiting for them a while; raise OSError where that fails."""
-    deadline = time.monotonic() + _LOCK_TIMEOUT
-    pause = 0.0005
+    deadline, pause = 0.0, 0.0005
     while True:
         try:
             if fcntl is not None:
@@ -1592,6 +1617,7 @@ def _lock_file(fd: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
+            deadline = deadline or time.monotonic() + _LOCK_TIMEOUT
             if time.monotonic() > deadline:
                 raise OSError(error.errno, "another process has held its lock for %.0f s" % _LOCK_TIMEOUT) from None
         time.sleep(pause)
