@@ -129,6 +129,7 @@ _CUT_EVERY = 1.0  # seconds between two back-offs that flush() may cut short: C6
 _WARN_EVERY = 60.0  # seconds between warnings in an outage: C5
 _EXIT_TIMEOUT = 10.0  # seconds at exit, for all collecters together: C6
 _MAX_LINE = 8 * 1024 * 1024  # bytes of one line in a file; a longer one is damaged
+_CHUNK = 128 * 1024  # bytes read of a spool file at once, unless a line is longer
 _ROLL_SIZE = 16 * 1024 * 1024  # bytes of a spool file: C6
 _LOOK_EVERY = 5.0  # seconds between two looks for files whose owner is gone: C6
 _HASHED = 4096  # bytes at its beginning that a file is known by
@@ -1425,19 +1426,19 @@ class _LogFile:
         if self.closed:
             raise _closed()
         is_due = len(self._buffer) + 1 >= self._batch or not self._buffer and not _register(self)
-        if is_due and not _WRITES.interrupted():
+        if is_due and not _WRITES.now:
             self._write([line])
             return
         self.ledger.add(accepted=1, pending=1)
         self._buffer.append(line)
         if is_due:
-            _WRITES.postpone(self)
+            _WRITES.postponed += (self,)
         if self.closed:  # by another thread, while we were here
             self.close()
 
     def flush(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, or raise and keep it."""
-        if self._buffer and not _WRITES.interrupted():
+        if self._buffer and not _WRITES.now:
             self._write([])
 
     def close(self, timeout: "Optional[float]" = None) -> None:
@@ -1470,18 +1471,23 @@ class _LogFile:
         return self.ledger.stats()
 
     def _write(self, more: "List[bytes]") -> None:
-        with _WRITES, self._lock:
-            waited = self._buffer[:]
-            note = functools.partial(self._buffer.__delitem__, slice(len(waited)))
-            path = self._path_now()
-            try:
-                if self._file is None or self._file.path != path:
-                    self.disown()
-                    self._file = _SharedFile(path)
-                self._file.append(b"".join(waited + more), note)
-            except OSError as error:
-                raise _unwritable(path, error) from error
-            self.ledger.add(accepted=len(more), delivered=len(waited) + len(more), pending=-len(waited))
+        _WRITES.now = True
+        try:
+            with self._lock:
+                waited = self._buffer[:]
+                note = functools.partial(self._buffer.__delitem__, slice(len(waited)))
+                path = self._path_now()
+                try:
+                    if self._file is None or self._file.path != path:
+                        self.disown()
+                        self._file = _SharedFile(path)
+                    self._file.append(b"".join(waited + more), note)
+                except OSError as error:
+                    raise _unwritable(path, error) from error
+                self.ledger.add(accepted=len(more), delivered=len(waited) + len(more), pending=-len(waited))
+        finally:
+            _WRITES.now = False
+            _write_postponed()
 
     def _path_now(self) -> str:
         now = self.clock()
@@ -1492,33 +1498,20 @@ class _LogFile:
 
 
 class _Writes(threading.local):
-    """The log files that this thread is writing to: `with` surrounds a write."""
-
-    depth = 0
-    postponed: "Tuple[_LogFile, ...]" = ()
-
-    def interrupted(self) -> bool:
-        """Tell whether this thread is inside a write already."""
-        return self.depth > 0
-
-    def postpone(self, log: "_LogFile") -> None:
-        """Have *log* flushed when the write is over."""
-        self.postponed += (log,)
-
-    def __enter__(self) -> None:
-        self.depth += 1
-
-    def __exit__(self, *_: "Any") -> None:
-        self.depth -= 1
-        while self.postponed:
-            log, self.postponed = self.postponed[0], self.postponed[1:]
-            try:
-                log.flush()
-            except AnalysysPythonSdkFileException as error:
-                _log("error", "records wait for the next write: %s", error)
+    now = False  # whether this thread is inside a write
+    postponed: "Tuple[_LogFile, ...]" = ()  # what it is to flush when that write is over
 
 
 _WRITES = _Writes()
+
+
+def _write_postponed() -> None:
+    while _WRITES.postponed:
+        log, _WRITES.postponed = _WRITES.postponed[0], _WRITES.postponed[1:]
+        try:
+            log.flush()
+        except AnalysysPythonSdkFileException as error:
+            _log("error", "records wait for the next write: %s", error)
 
 
 class _SharedFile:
@@ -1724,9 +1717,8 @@ class _Owner:
         self.start = (0, 0)  # offset and line number in it up to which all is delivered
         self._base = os.path.join(directory, name)
         self._lock_fd = -1
-        self._reading: "Any" = None  # the file that lines are taken from, and its number
-        self._taking = 1
-        self._taken = (0, 0)
+        self._taking = 1  # the number of the file that lines are taken from,
+        self._taken = (0, 0)  # and up to where they are
 
     def claim(self) -> bool:
         """Become the owner if there is none; a process that is gone owns nothing. Raise OSError where that fails."""
@@ -1749,9 +1741,6 @@ class _Owner:
 
     def release(self) -> None:
         """Give up the files as they are; whoever finds them may claim them."""
-        if self._reading is not None:
-            self._reading.close()
-            self._reading = None
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -1772,29 +1761,18 @@ class _Owner:
     def read(self, most: int, last: int, end: float) -> "List[_Line]":
         """Take the next lines; *last* is the number of the newest file and *end* how far that is written."""
         while True:
-            if self._reading is None:
-                try:
-                    self._reading = io.open(self.path(self._taking), "rb")
-                except FileNotFoundError:
-                    pass
-                else:
-                    self._reading.seek(self._taken[0])
-            lines: "List[_Line]" = []
-            if self._reading is not None:
-                name = os.path.basename(self.path(self._taking))
-                limit = end if self._taking == last else float("inf")
-                lines, self._taken = _read_lines(self._reading, name, self._taken, most, limit)
-            if lines or self._taking >= last:
+            path = self.path(self._taking)
+            chunk = _read_chunk(path, self._taken[0], end if self._taking == last else float("inf"))
+            file = io.BytesIO(chunk)
+            lines, self._taken = _read_lines(file, os.path.basename(path), self._taken, most, float("inf"))
+            if lines or not chunk and self._taking >= last:
                 return lines
-            if self._reading is not None:
-                self._reading.close()
-                self._reading = None
-            self._taking, self._taken = self._taking + 1, (0, 0)
+            if not chunk:
+                self._taking, self._taken = self._taking + 1, (0, 0)
 
     def unread(self, line: "_Line") -> None:
         """Have the next read() begin with *line*."""
         self._taken = (line.end - len(line.text), line.number - 1)
-        self._reading.seek(self._taken[0])
 
     def settle(self, line: "_Line") -> None:
         """Note that all up to *line* is delivered; files before its own go."""
@@ -1807,6 +1785,28 @@ class _Owner:
         self.first, self.start = number, (line.end, line.number)
         os.lseek(self._lock_fd, 0, os.SEEK_SET)
         os.write(self._lock_fd, b"%010d %020d %020d\n" % (self.first, self.start[0], self.start[1]))
+
+
+def _read_chunk(path: str, offset: int, end: float) -> bytes:
+    """Return whole lines of a file from *offset* on, as far as *end*; at its very end also a line that was cut.
+
+    No file object is kept: a forked child would hang on its lock.
+    """
+    size = _CHUNK
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        return b""
+    try:
+        while True:
+            wanted = int(min(size, end - offset))
+            chunk = _read_at(fd, offset, wanted)
+            whole = chunk.rfind(b"\n") + 1
+            if whole or len(chunk) < wanted or wanted < size or size >= _MAX_LINE:
+                return chunk[:whole] or chunk
+            size *= 4
+    finally:
+        os.close(fd)
 
 
 # Who of this process owns which lock file, by process and path. Its steps are atomic.
@@ -1959,13 +1959,13 @@ class _Spool:
             return
         self._look_at = self._clock() + _LOOK_EVERY
         with self._reading:
-            try:
-                for name in [] if self._closed else self._owners():
-                    owner = _Owner(self._directory, name)
+            for name in [] if self._closed else self._owners():
+                owner = _Owner(self._directory, name)
+                try:
                     if owner.claim():
                         self._adopted.append(owner)
-            except OSError as error:
-                _log("warning", "cannot look for spool files in %s: %s", self._directory, error)
+                except OSError as error:
+                    _log("warning", "cannot adopt %s in %s: %s", name, self._directory, error)
 
     def is_due(self, size: int) -> bool:
         return self.waiting() >= size or bool(self._inflight or self._adopted)
@@ -2032,7 +2032,11 @@ class _Spool:
 
     def _owners(self) -> "List[str]":
         """Return the names of all owners here, the oldest first."""
-        return sorted(name[: -len(".lock")] for name in os.listdir(self._directory) if _SPOOL_LOCK.fullmatch(name))
+        try:
+            names = os.listdir(self._directory)
+        except OSError:  # removed: it comes back with the next file
+            return []
+        return sorted(name[: -len(".lock")] for name in names if _SPOOL_LOCK.fullmatch(name))
 
     def _read(self, most: int) -> "List[_Line]":
         """Return the next lines of the first adopted owner that has any, or else of this process."""
@@ -3409,9 +3413,10 @@ class _Shipment:
                     self._checkpoint.forget(entry)
 
     def _is_old(self, path: str) -> bool:
-        """Tell whether nobody will write to *path* any more, by its name."""
-        current = [time.strftime(pattern) for pattern in _LOG_NAMES.values()]
-        return os.path.basename(path) not in current + [max(map(os.path.basename, _files(self._paths)), default="")]
+        """Tell whether *path* is neither of the current period nor of the newest one, by its name."""
+        periods = [os.path.basename(found).partition(".log")[0] for found in [path] + _files(self._paths)]
+        current = [time.strftime(pattern).partition(".log")[0] for pattern in _LOG_NAMES.values()]
+        return periods[0] not in current + [max(periods)]
 
     def _close(self) -> None:
         if self._file is not None and self._path != "-":
