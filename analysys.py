@@ -214,6 +214,8 @@ def _log(level: str, message: str, *values: object) -> None:
             logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None))
         else:
             getattr(logger, level)(message, *values)
+    except Exception:  # a handler that fails must not take the sender with it
+        pass
     finally:
         _LOGGING.now = False
 
@@ -1119,8 +1121,10 @@ class _Connections:
     def disown(self) -> None:
         """Close, in a forked child, the descriptors of its parent's connections, those in use included."""
         for connection in list(self._all):
-            if connection.sock is not None:
+            try:
                 os.close(connection.sock.detach())
+            except (OSError, AttributeError):  # it was being opened or wrapped
+                pass
 
     def _ask(self, where: "Any", connection: "Any", request: "Any", deadline: float) -> "_Answer":
         connection.deadline, connection.answered = deadline, False
@@ -1130,10 +1134,13 @@ class _Connections:
                 connection.connect()
             connection.sock.settimeout(_left(deadline))
             headers = dict(request.headers, **request.unredirected_hdrs)
-            connection.request(request.get_method(), request.selector, request.data, headers)
+            try:
+                connection.request(request.get_method(), request.selector, request.data, headers)
+            except ConnectionError:  # a server may refuse a large body by its answer and hang up: look for that
+                pass
             response = connection.getresponse()
             payload = response.read(_MAX_ANSWER + 1)
-            keep = not response.will_close and len(payload) <= _MAX_ANSWER and response.isclosed()
+            keep = not response.will_close and response.isclosed() and response.status >= 200
             return _Answer(response.status, response.getheader("Retry-After"), payload[:_MAX_ANSWER])
         finally:
             if keep and not self._closed:
@@ -1276,10 +1283,12 @@ class _Ledger:
 
     def stats(self) -> "Dict[str, int]":
         with self.lock:
-            while self._changes:
-                for name, change in self._changes.popleft().items():
-                    self._counts[name] += change
-            return dict(self._counts)
+            try:
+                while True:
+                    for name, change in self._changes.popleft().items():
+                        self._counts[name] += change
+            except IndexError:
+                return dict(self._counts)
 
 
 class _MemoryQueue:
@@ -1438,28 +1447,35 @@ class _LogFile:
 
     def flush(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, or raise and keep it."""
-        if self._buffer and not _WRITES.now:
-            self._write([])
+        if self._buffer and _WRITES.now:
+            _WRITES.postponed += (self,)
+        elif self._buffer:
+            self._write([], _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
 
     def close(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, then take no more; where that fails, raise with it in ``records`` and stay open."""
         try:
-            self.flush()
+            self.flush(timeout)
         except AnalysysPythonSdkFileException as error:
             error.records = [_decode(line) for line in list(self._buffer)]
             raise
         self.closed = True
         _OPEN.discard(self)
-        with self._lock:
-            self.disown()
+        if self._lock.acquire(False):  # or else who is writing does it
+            try:
+                self.disown()
+            finally:
+                self._lock.release()
 
     def hurry(self) -> None:
         """Nothing to hurry: there is no thread."""
 
     def abandon(self) -> None:
         """The collecter is gone: write what is left, at exit if it cannot be now."""
+        if not _HOOKS.get(self.pid, True):  # exit has tried
+            return
         try:
-            self.close()
+            self.close(1.0)
         except AnalysysPythonSdkFileException as error:
             _log("error", "%d records wait for exit: %s", len(error.records), error)
 
@@ -1470,7 +1486,7 @@ class _LogFile:
     def stats(self) -> "Dict[str, int]":
         return self.ledger.stats()
 
-    def _write(self, more: "List[bytes]") -> None:
+    def _write(self, more: "List[bytes]", patience: float = _LOCK_TIMEOUT) -> None:
         _WRITES.now = True
         try:
             with self._lock:
@@ -1481,9 +1497,11 @@ class _LogFile:
                     if self._file is None or self._file.path != path:
                         self.disown()
                         self._file = _SharedFile(path)
-                    self._file.append(b"".join(waited + more), note)
+                    self._file.append(b"".join(waited + more), note, patience)
                 except OSError as error:
                     raise _unwritable(path, error) from error
+                if self.closed:
+                    self.disown()
                 self.ledger.add(accepted=len(more), delivered=len(waited) + len(more), pending=-len(waited))
         finally:
             _WRITES.now = False
@@ -1524,10 +1542,13 @@ class _SharedFile:
         self._identity = (-1, -1)
         self._end = 0  # where our last append ended: nothing came after it if the file still has that size
 
-    def append(self, lines: bytes, note: "Callable[[], None]") -> None:
-        """Append *lines* (whole ones) and call *note*, or raise OSError and leave no part of them."""
+    def append(self, lines: bytes, note: "Callable[[], None]", patience: float = _LOCK_TIMEOUT) -> None:
+        """Append *lines* (whole ones) and call *note*, or raise OSError and leave no part of them.
+
+        *patience* is how many seconds to wait for other processes.
+        """
         try:
-            size = self._lock()
+            size = self._lock(patience)
             if size != self._end and size > 0 and _read_at(self._fd, size - 1, 1) != b"\n":
                 lines = b"\n" + lines  # end the line that a killed writer left
             _append(self._fd, size, lines, note)
@@ -1544,14 +1565,14 @@ class _SharedFile:
         if fd >= 0:
             os.close(fd)
 
-    def _lock(self) -> int:
+    def _lock(self, patience: float) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
         for _ in range(100):
             if self._fd < 0:
                 self._fd = _open_lines(self.path, self._mode)
                 opened = os.fstat(self._fd)
                 self._identity, self._end = (opened.st_dev, opened.st_ino), 0
-            _lock_file(self._fd)
+            _lock_file(self._fd, patience)
             try:
                 now = os.stat(self.path)
                 if (now.st_dev, now.st_ino) == self._identity:
@@ -1598,8 +1619,8 @@ def _read_at(fd: int, offset: int, size: int) -> bytes:
     return os.read(fd, size)
 
 
-def _lock_file(fd: int) -> None:
-    """Lock an open file against other processes, waiting for them a while; raise OSError where that fails."""
+def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
+    """Lock an open file against other processes, waiting for them *patience* seconds; raise OSError if that fails."""
     deadline, pause = 0.0, 0.0005
     while True:
         try:
@@ -1612,9 +1633,9 @@ def _lock_file(fd: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
-            deadline = deadline or time.monotonic() + _LOCK_TIMEOUT
-            if time.monotonic() > deadline:
-                raise OSError(error.errno, "another process has held its lock for %.0f s" % _LOCK_TIMEOUT) from None
+            deadline = deadline or time.monotonic() + patience
+            if time.monotonic() >= deadline:
+                raise OSError(error.errno, "another process has held its lock for %.0f s" % patience) from None
         time.sleep(pause)
         pause = min(2 * pause, 0.01)
 
@@ -2146,7 +2167,7 @@ class _Sender:
         if wait is None:
             longest = min(_LAST_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._failures, 20))
             wait = self._random.uniform(_FIRST_BACKOFF, longest)
-        self.not_before = now + wait
+        self.not_before = now + max(wait, _FIRST_BACKOFF)
 
     def warn(self) -> None:
         """Log an outage when it begins, then once a minute. Apart from failed(), so that no lock is held here."""
@@ -2257,6 +2278,7 @@ class _Worker:
         if not self._queue.put(record):
             self._wait_for_room(record)
         if self.closed and self._queue.take_back(record):
+            self._settled.notify()
             raise _closed()
         if urgent:
             self._urgent = True
@@ -2283,8 +2305,9 @@ class _Worker:
         goal = self._queue.accepted()
 
         def is_over() -> bool:
-            is_settled = self._queue.settled() >= goal and not self._queue.refusals and not self._reporting
-            return is_settled or self._ended
+            # close() may have had put() take a record back, hence min().
+            is_settled = self._queue.settled() >= min(goal, self._queue.accepted())
+            return is_settled and not self._queue.refusals and not self._reporting or self._ended
 
         while not is_over():
             self.hurry()
@@ -2294,7 +2317,7 @@ class _Worker:
             pause_end = min(deadline, self._clock() + patience)
             if self._is_sending() or not self._settled.wait_for(is_over, pause_end) and self._clock() >= deadline:
                 break
-        if self._queue.settled() < goal or not is_over():
+        if self._queue.settled() < min(goal, self._queue.accepted()) or not is_over():
             message = "%d records are not delivered: %s" % (self.stats()["pending"], self._sender.state())
             raise AnalysysPythonSdkNetworkException(message)
 
@@ -2428,7 +2451,8 @@ class _Worker:
             self._thread = None
 
     def _end(self) -> None:
-        self._queue.surrender()
+        if self._queue.is_durable:
+            self._queue.surrender()
         self._transport.close()
         _OPEN.discard(self)
 

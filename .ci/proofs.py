@@ -4,7 +4,6 @@ Real processes, kills and files, in the system's temporary directory (up to 500 
 the first proof that fails. The test suite has small versions of them. Needs fork, and /proc for the memory.
 """
 import argparse
-import collections
 import functools
 import gzip
 import itertools
@@ -111,7 +110,10 @@ def child_drain(folder, url, forks):
         pid = os.fork()
         if not pid:
             os._exit(0)
-        wait_until(lambda child=pid: os.waitpid(child, os.WNOHANG)[0], 10)
+        timer = threading.Timer(10, os.kill, (pid, signal.SIGKILL))
+        timer.start()
+        check(os.waitpid(pid, 0)[1] == 0, "a child hangs")
+        timer.cancel()
     wait_until(lambda: len(os.listdir(folder)) == 1, 3600)
     collecter.close()
 
@@ -131,7 +133,7 @@ def start(work, *arguments):
 
 def end(process, status=0):
     """Wait for the end of a process and return the lines that it printed."""
-    out, err = process.communicate(timeout=3600)
+    out, err = process.communicate()
     check(process.returncode == status, "status", process.returncode, err.decode().strip().split("\n")[-1])
     return out.decode().splitlines()
 
@@ -143,21 +145,10 @@ def kill(process):
     return len(calls + process.stdout.read())
 
 
-def fill(folder, count, writers, url):
-    """Return processes that wrote to a spool and live on."""
-    processes = [start(child_write, folder, writer, url, count) for writer in range(writers)]
-    for process in processes:
-        process.stdout.readline()
-    return processes
-
-
 def check_lives(calls, found):
     """Check that all whose call returned are in *found*, once and in order, and at most one more of each writer."""
-    numbers = collections.defaultdict(list)
-    for writer, number in found:
-        numbers[writer].append(number)
     for life, count in enumerate(calls):
-        there = numbers[str(life)]
+        there = [number for writer, number in found if writer == str(life)]
         check(there in (list(range(count)), list(range(count + 1))), "life", life, "wrote", count, "found", len(there))
 
 
@@ -204,7 +195,9 @@ def prove_killed_spools(folder, options):
 
 def prove_two_of_four(folder, options):
     with Server(failing=1.0) as server:
-        processes = fill(folder, 500, 4, server.url)
+        processes = [start(child_write, folder, writer, server.url, 500) for writer in range(4)]
+        for process in reversed(processes):
+            process.stdout.readline()  # all is written
         for process in processes[:2]:
             process.kill()
         server.failing, began = 0.0, time.monotonic()
@@ -221,8 +214,9 @@ def prove_stopped_uploads(folder, options, number):
         file.writelines(analysys._line(record(0, entry)) for entry in range(20000))
     with Server(failing=0.1) as server:
         for _ in range(KILLS):
+            goal = len(server.batches) + random.randrange(1, 9)
             process = start(child_upload, folder, "--server", server.url, "--batch", 20)
-            wait_until(lambda least=len(server.batches) + random.randrange(1, 9): len(server.batches) >= least)
+            wait_until(lambda least=goal: len(server.batches) >= least)
             time.sleep(random.uniform(0, 0.01))
             process.send_signal(number)
             end(process, 2 if number == signal.SIGINT else -number)
@@ -234,7 +228,9 @@ def prove_stopped_uploads(folder, options, number):
 
 
 def prove_large_spool(folder, options):
-    fill(folder, options.records, 1, "http://127.0.0.1:1")[0].kill()
+    writer = start(child_write, folder, 0, "http://127.0.0.1:1", options.records)
+    writer.stdout.readline()
+    writer.kill()
     size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
     told = delivered(options, child_drain, folder, "URL", 200)
     return "a spool of %d MB, read while 200 children are forked: %s" % (size / 1e6, told)
