@@ -133,6 +133,7 @@ _CHUNK = 128 * 1024  # bytes read of a spool file at once, unless a line is long
 _ROLL_SIZE = 16 * 1024 * 1024  # bytes of a spool file: C6
 _LOOK_EVERY = 5.0  # seconds between two looks for files whose owner is gone: C6
 _HASHED = 4096  # bytes at its beginning that a file is known by
+_REMOVED_KEPT = 1000  # entries in a checkpoint of files that upload removed
 _GIVE_UP = 30.0  # seconds that upload bears a failing server, unless it follows
 _FOLLOW_EVERY = 1.0  # seconds between two looks at followed files
 _LOG_FILE = re.compile(r"datas_\d+\.log(\..+)?")  # what LogCollecter writes, and what logrotate and gzip make of it
@@ -3210,8 +3211,10 @@ class _Checkpoint:
         self._save()
 
     def forget(self, entry: "Record") -> None:
-        """Drop the entry of a file that was removed, and save."""
-        self._entries = [other for other in self._entries if other is not entry]
+        """Note that a file was removed, and save. The last of such entries are kept, for copies of their files."""
+        entry["removed"] = True
+        gone = [other for other in self._entries if other.get("removed")]
+        self._entries = [other for other in self._entries if other not in gone[:-_REMOVED_KEPT]]
         self._save()
 
     def _save(self) -> None:

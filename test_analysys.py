@@ -11,7 +11,6 @@ import datetime
 import decimal
 import email.utils
 import enum
-import errno
 import fractions
 import gzip
 import hashlib
@@ -1963,6 +1962,18 @@ def test_close_leaves_on_disk_what_is_not_delivered_and_raises_nothing(tmp_path)
 
 
 @posix_only
+def test_exit_delivers_what_is_spooled_and_leaves_no_file(tmp_path):
+    with FaultyServer() as server:
+        script_ends("""
+            collecter = BatchCollecter(url, spool_path=folder)
+            for number in range(3):
+                collecter.uploadData(event("e%d" % number))
+        """, tmp_path, server.url)
+        assert server.names == run_of("e", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@posix_only
 def test_what_a_process_leaves_the_next_delivers_at_start_in_order_before_its_own(tmp_path):
     leave(tmp_path, *run_of("first", 5))
     leave(tmp_path, *run_of("second", 5))
@@ -1977,7 +1988,7 @@ def test_what_a_process_leaves_the_next_delivers_at_start_in_order_before_its_ow
 @posix_only
 def test_after_kill_9_and_restart_every_event_whose_call_returned_arrives_in_order_and_hardly_any_twice(tmp_path):
     chance = random.Random(4)
-    lives, returned = 4, []
+    lives, returned = 3, []
 
     def flaky(server, request):
         return answer(503) if chance.random() < 0.3 else accept(server, request)
@@ -2048,6 +2059,7 @@ def test_two_collecters_of_one_process_share_a_spool_and_the_second_delivers_wha
                 third.uploadData(event(xwhat))
             second.flush(20)
             third.flush(20)
+            wait_until(lambda: len(server.names) >= 101)
         assert collections.Counter(server.names) == dict(dict.fromkeys(run_of("e", 50), 2), left=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -2243,7 +2255,8 @@ def test_a_spool_that_cannot_be_written_is_an_error_of_the_constructor(tmp_path)
     for path in str(tmp_path / "file"), os.path.join(str(tmp_path), "file", "spool"), deep:
         script_ends("""
             signal.alarm(5)
-            assert isinstance(error_of(lambda: BatchCollecter(url, spool_path=sys.argv[1])), AnalysysPythonSdkFileException)
+            error = error_of(lambda: BatchCollecter(url, spool_path=sys.argv[1]))
+            assert isinstance(error, AnalysysPythonSdkFileException), error
         """, path)
 
 
@@ -3986,7 +3999,7 @@ def test_follow_waits_for_a_file_that_is_not_there_for_a_while(tmp_path):
         wait_until(lambda: server.names == ["a"])
         path.unlink()
         with pytest.raises(subprocess.TimeoutExpired):
-            started.wait(1.5)
+            started.wait(1.2)
         log_file(path, "b")
         wait_until(lambda: server.names == ["a", "b"])
         started.send_signal(signal.SIGTERM)
@@ -4046,6 +4059,17 @@ def test_delete_removes_what_is_wholly_delivered_but_never_the_current_periods_n
         assert not grows.exists() and server.names.count("i") == server.names.count("h") == 1
 
 
+def test_delete_delivers_no_event_again_where_a_copy_or_gz_of_a_removed_file_is_there(tmp_path):
+    path = log_file(tmp_path / "datas_2018072510.log.1", "a", "b")
+    shutil.copy(str(zipped(path)), str(tmp_path / "datas_2018072510.log.1.gz.copy.gz"))
+    log_file(path, "a", "b")
+    log_file(tmp_path / "datas_2018072511.log", "c")
+    with FaultyServer() as server:
+        for _ in range(2):
+            assert ship(tmp_path, "--server", server.url, "--delete").status == 0
+        assert server.names == ["a", "b", "c"]
+
+
 @posix_only
 def test_follow_and_delete_remove_a_file_when_a_newer_one_has_come(tmp_path):
     first = log_file(tmp_path / "datas_2018072510.log", "a")
@@ -4079,7 +4103,8 @@ def test_dry_run_sends_and_writes_nothing_and_tells_events_and_errors_with_the_f
     assert shipped.status == 1 and shipped.err == ""
     lines = shipped.out.splitlines()
     assert lines[:2] == [good.out.splitlines()[0], "       2  event  Buy  (first: %s:3)" % first]
-    assert sorted((line.split()[0], line.split(":")[-1]) for line in lines[2:-1]) == [("1", "2)"), ("1", "6)"), ("2", "4)")]
+    places = sorted((line.split()[0], line.split(":")[-1]) for line in lines[2:-1])
+    assert places == [("1", "2)"), ("1", "6)"), ("2", "4)")]
     assert all(" error " in line and str(second) in line for line in lines[2:-1])
     assert lines[-1] == "4 lines are good, 4 are not"
     assert sorted(path.name for path in tmp_path.iterdir()) == [first.name, second.name]

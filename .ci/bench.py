@@ -24,6 +24,7 @@ import platform
 import resource
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -136,10 +137,10 @@ def in_turn(times, floor, row):
     return chosen
 
 
-def medians(times, function, arguments):
-    """Return the median of what *function* returns for each of *arguments*, called in turn."""
+def in_rounds(times, function, arguments, choose=min):
+    """Return what *choose* makes of the results of *function* for each of *arguments*, called in turn."""
     rounds = [[function(argument) for argument in arguments] for _ in range(times)]
-    return [sorted(column)[times // 2] for column in zip(*rounds)]
+    return [choose(column) for column in zip(*rounds)]
 
 
 def calls(tracker, given, cpu=thread_time):
@@ -392,7 +393,7 @@ def importing():
         floor = bare + "import json, gzip, base64, queue, threading, http.client"
         ours = bare + "import analysys; analysys.AnalysysPythonSdk(analysys.LogCollecter('.'))"
         run_time(ours)  # compiles it
-        nothing, floor, ours = medians(21, run_time, [bare, floor, ours])
+        nothing, floor, ours = in_rounds(21, run_time, [bare, floor, ours], statistics.median)
     return [result("import, tracker and LogCollecter / stdlib", "ms", "<= 0.5", ours - nothing, floor - nothing)]
 
 
@@ -414,7 +415,7 @@ def fill(tracker, number):
         tracker.track(user, NAME, properties)
 
 
-# Curves
+# Curves: the least of several rounds, since what disturbs them only adds
 
 
 def curve(what, labels, costs, said, met):
@@ -430,7 +431,7 @@ def properties_curve():
         given = [("user-%d" % n, {"p%d" % p: values[(n + p) % 250] for p in range(size)}) for n in range(2000)]
         return calls(tracker, given).cpu
 
-    few, some, many = costs = medians(9, cost, [5, 20, 100])
+    few, some, many = costs = in_rounds(9, cost, [5, 20, 100])
     said = "linear, the slope from 20 on is %.2f times that up to 20" % ((many - some) / 80 / ((some - few) / 15))
     return [curve("properties, CPU a call, no queue", [5, 20, 100], costs, said, many <= 5 * some)]
 
@@ -448,7 +449,7 @@ def threads_curve():
         with held() as tracker:
             return at_once(number, lambda share: calls(tracker, share), given)
 
-    one, four, many, bare_one, bare_many = medians(7, cost, [1, 4, 16, -1, -16])
+    bare_one, one, _, four, bare_many, many = in_rounds(7, cost, [-1, 1, -4, 4, -16, 16])
     ratio, floor = many / one, bare_many / bare_one
     said = "16 take %.2f times as long as 1 in total (%.2f times with build and encode alone)" % (ratio, floor)
     return [curve("threads, wall a call", [1, 4, 16], [one, four, many], said, ratio <= max(1, floor) * NOISE)]
@@ -479,7 +480,7 @@ def queue_curve():
 
     with held() as long:
         fill(long, 100000)
-        few, many = costs = medians(15, cost, [None, long])
+        few, many = costs = in_rounds(15, cost, [None, long])
     said = "flat, %.2f times as much" % (many / few)
     return [curve("records queued, CPU a call", ["10", "100,000"], costs, said, many <= few * NOISE)]
 
