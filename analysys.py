@@ -71,6 +71,8 @@ try:
 except ImportError:  # a small build of Python: bodies go out as plain JSON
     zlib = None  # type: ignore[assignment]
 
+_register_at_fork: "Any" = getattr(os, "register_at_fork", None)  # not in 3.6, not on Windows
+
 TYPE_CHECKING = False  # what type checkers take for true: `typing` costs 5 ms to import
 if TYPE_CHECKING:
     import http.client
@@ -1558,7 +1560,7 @@ class _SharedFile:
         except BaseException:
             self.close()  # and so unlock it
             raise
-        if not hasattr(os, "register_at_fork"):  # a child could keep the file open, and a lock on it: Python 3.6
+        if _register_at_fork is None:  # a child could keep the file open, and a lock on it
             self.close()
 
     def close(self) -> None:
@@ -2790,8 +2792,8 @@ def _register(state: "Any") -> bool:
 
 def _notice_forks(collecter: "_Collecter") -> None:
     """Have a forked child of this process close its parent's descriptors at once, where Python can do that (3.7)."""
-    if not _COLLECTERS and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_disown_all)
+    if not _COLLECTERS and _register_at_fork is not None:
+        _register_at_fork(after_in_child=_disown_all)
     _COLLECTERS.append(weakref.ref(collecter, _COLLECTERS.remove))
 
 
