@@ -637,7 +637,10 @@ def _number(value: "Any") -> "Union[int, float]":
         if plain - plain != 0:  # NaN and the infinities
             raise ValueError
         return plain
-    return _integer(int(value)) if value % 1 == 0 else _number(float(value))
+    if _value_rule(value) is not _RULES["number"]:
+        raise ValueError
+    near = _number(float(value))  # finite, so that int() is cheap
+    return _integer(int(value)) if int(value) == value else near
 
 
 def _list(value: "Any") -> "List[str]":
@@ -1000,7 +1003,7 @@ def _seconds(retry_after: "Optional[str]") -> "Optional[float]":
             seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+    return min(seconds, _MAX_RETRY_AFTER) if seconds > 0 else None
 
 
 ########################################################################################################################
@@ -2401,7 +2404,9 @@ class _Worker:
             raise AnalysysPythonSdkNetworkException(message, [record])
 
     def _is_sending(self) -> bool:
-        return getattr(self._here, "sending", False)
+        """Tell whether this is the sending thread: it must not wait for itself."""
+        thread = self._thread
+        return getattr(self._here, "sending", False) or thread is not None and thread.ident == threading.get_ident()
 
     def _wake(self) -> None:
         self._wake_at = sys.maxsize
@@ -2448,7 +2453,8 @@ class _Worker:
                     self._turn.acquire()
                     self._send(float("inf"))
                 else:
-                    self._gate.acquire(timeout=min(wait, self._queue.rounds, _LONGEST_WAIT))
+                    # Never longer than the interval: an exception of a signal handler may have cut _wake() in two.
+                    self._gate.acquire(timeout=min(wait, self._queue.rounds, self._interval, _LONGEST_WAIT))
             self._end()
         finally:
             self._thread = None
@@ -2792,9 +2798,14 @@ def _register(state: "Any") -> bool:
 
 def _notice_forks(collecter: "_Collecter") -> None:
     """Have a forked child of this process close its parent's descriptors at once, where Python can do that (3.7)."""
-    if not _COLLECTERS and _register_at_fork is not None:
-        _register_at_fork(after_in_child=_disown_all)
+    _hook_fork()
     _COLLECTERS.append(weakref.ref(collecter, _COLLECTERS.remove))
+
+
+@functools.lru_cache(None)  # once
+def _hook_fork() -> None:
+    if _register_at_fork is not None:
+        _register_at_fork(after_in_child=_disown_all)
 
 
 def _disown_all() -> None:
