@@ -130,7 +130,7 @@ _MAX_HEADERS = 64 * 1024  # bytes read before the answer's body, beyond those
 _CUT_EVERY = 1.0  # seconds between two back-offs that flush() may cut short: C6
 _WARN_EVERY = 60.0  # seconds between warnings in an outage: C5
 _EXIT_TIMEOUT = 10.0  # seconds at exit, for all collecters together: C6
-_MAX_LINE = 8 * 1024 * 1024  # bytes of one line in a file; a longer one is damaged
+_MAX_LINE = 40 * 1024 * 1024  # bytes of a line in a file: no record within the limits has more, so it is damaged
 _CHUNK = 128 * 1024  # bytes read of a spool file at once, unless a line is longer
 _ROLL_SIZE = 16 * 1024 * 1024  # bytes of a spool file: C6
 _LOOK_EVERY = 5.0  # seconds between two looks for files whose owner is gone: C6
@@ -3102,12 +3102,14 @@ def _ship(shipment: "_Shipment", sender: "_Sender", options: "Any") -> None:
     """Send until all is delivered, the server has failed for too long, or a signal says stop."""
     import signal
 
-    stop = threading.Event()
+    signals: "List[int]" = []
+    woken = _Signal()  # not an Event, whose lock a handler would wait for that interrupts a wait
     progress = _Progress(shipment)
     kept = {}
 
-    def on_signal(*_: "Any") -> None:
-        stop.set()
+    def on_signal(number: int, _: "Any") -> None:
+        signals.append(number)
+        woken.notify()
         if shipment.is_waiting:  # for standard input; but a request under way is waited for
             raise KeyboardInterrupt
 
@@ -3115,7 +3117,7 @@ def _ship(shipment: "_Shipment", sender: "_Sender", options: "Any") -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             kept[number] = signal.signal(number, on_signal)
     try:
-        while not stop.is_set():
+        while not signals:
             sender.attempt(shipment, options.batch, options.request_timeout)
             sender.warn()
             while shipment.refusals:
@@ -3124,12 +3126,12 @@ def _ship(shipment: "_Shipment", sender: "_Sender", options: "Any") -> None:
             if sender.failing_since is not None:
                 if not options.follow and sender.not_before - sender.failing_since > _GIVE_UP:
                     break
-                stop.wait(max(0.0, sender.not_before - time.monotonic()))
+                woken.wait_for(lambda: bool(signals), sender.not_before)
             elif shipment.is_empty():
                 if not options.follow:
                     break
                 if not shipment.look_again():
-                    stop.wait(_FOLLOW_EVERY)
+                    woken.wait_for(lambda: bool(signals), time.monotonic() + _FOLLOW_EVERY)
     except KeyboardInterrupt:
         pass
     finally:
