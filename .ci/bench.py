@@ -239,7 +239,7 @@ def result(what, unit, must, measured, floor=None):
     sign, limit = must.split()[:2]
     compared = measured / floor if floor else measured
     met = compared <= float(limit) if sign == "<=" else compared >= float(limit)
-    floors = [shown(floor), "%.2f" % compared] if floor else ["", ""]
+    floors = [shown(floor), "%.3f" % compared] if floor else ["", ""]
     return [what, "%s %s" % (shown(measured), unit)] + floors + [must, "yes" if met else "NO"]
 
 
