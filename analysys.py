@@ -230,7 +230,7 @@ def _tell(on_error: "OnError", error: Exception, concerned: object) -> None:
     """Hand *error* to the application's *on_error*; one that raises is logged, no more."""
     try:
         on_error(error, concerned)  # type: ignore[misc]
-    except Exception as mishap:
+    except (Exception, SystemExit) as mishap:  # sys.exit() would end the sending thread without a word
         _log("error", "on_error raised %s: %s, when it was told of: %s", type(mishap).__name__, mishap, error)
 
 
@@ -1140,11 +1140,14 @@ class _Connections:
                 connection.connect()
             connection.sock.settimeout(_left(deadline))
             headers = dict(request.headers, **request.unredirected_hdrs)
+            cut: "Optional[ConnectionError]" = None
             try:
                 connection.request(request.get_method(), request.selector, request.data, headers)
-            except ConnectionError:  # a server may refuse a large body by its answer and hang up: look for that
-                pass
+            except ConnectionError as error:  # a server may refuse a large body and hang up: look for its answer
+                cut = error
             response = connection.getresponse()
+            if cut is not None and response.status < 400:  # but half a body was accepted by nobody
+                raise cut
             payload = response.read(_MAX_ANSWER + 1)
             keep = not response.will_close and response.isclosed() and response.status >= 200
             return _Answer(response.status, response.getheader("Retry-After"), payload[:_MAX_ANSWER])
@@ -1268,33 +1271,36 @@ class _Answering(io.RawIOBase):
 class _Ledger:
     """Counts that balance at any moment: accepted (+ adopted) = delivered + rejected + pending.
 
-    add() takes no lock, since a __del__ or a signal handler that tracks may run anywhere: a change is appended in one
-    step, whole, and those who read add them up.
+    A __del__ or a signal handler that tracks may run anywhere, also inside these methods: a change is appended whole,
+    in one step, and who reads adds up what is there.
     """
 
     def __init__(self, *more: str) -> None:
-        # Guards _counts, and what an owner reads or moves together with them. Never held while anything waits or sends.
+        # Guards what an owner moves between its parts. Never held while anything waits or sends.
         self.lock = threading.RLock()
-        self._changes: "Deque[Dict[str, int]]" = collections.deque()
         names = ("accepted", "delivered", "rejected", "pending", "requests", "retries") + more
-        self._counts = dict.fromkeys(names, 0)
+        self._changes: "List[Dict[str, int]]" = [dict.fromkeys(names, 0)]  # the first is the sum of all before
+        self._turn = threading.Lock()  # held by who shortens _changes; nobody waits for it
 
     def add(self, **changes: int) -> None:
         self._changes.append(changes)
-        if len(self._changes) > 256 and self.lock.acquire(False):
+        if len(self._changes) > 256 and self._turn.acquire(False):
             try:
-                self.stats()
+                seen = self._changes[:]
+                self._changes[: len(seen)] = [_sum(seen)]  # one step; others append behind
             finally:
-                self.lock.release()
+                self._turn.release()
 
     def stats(self) -> "Dict[str, int]":
-        with self.lock:
-            try:
-                while True:
-                    for name, change in self._changes.popleft().items():
-                        self._counts[name] += change
-            except IndexError:
-                return dict(self._counts)
+        return _sum(self._changes[:])
+
+
+def _sum(changes: "List[Dict[str, int]]") -> "Dict[str, int]":
+    counts = changes[0].copy()
+    for change in changes[1:]:
+        for name, number in change.items():
+            counts[name] += number
+    return counts
 
 
 class _MemoryQueue:
@@ -1342,10 +1348,10 @@ class _MemoryQueue:
     def take(self, most: int) -> int:
         """Move up to *most* waiting records in flight and return their number."""
         with self.ledger.lock:
-            taken = [self._waiting.popleft()[1] for _ in range(min(most, len(self._waiting)))]
-            self._inflight += taken
-            self.ledger.add(accepted=len(taken), pending=len(taken))
-        return len(taken)
+            number = 0 if self._surrendered else min(most, len(self._waiting))
+            self.ledger.add(accepted=number, pending=number)  # first: accepted() may be too high, never too low
+            self._inflight += [self._waiting.popleft()[1] for _ in range(number)]
+        return number
 
     def head(self, number: int) -> "List[Record]":
         """Return the first *number* records in flight."""
@@ -1397,7 +1403,12 @@ class _MemoryQueue:
             return self._clock()
 
     def accepted(self) -> int:
-        return self.stats()["accepted"]
+        """Return how many records were accepted; for a moment too many, while a batch is taken.
+
+        No lock: flush() in a signal handler must not keep the sender waiting for the code that it interrupts.
+        """
+        waiting = len(self._waiting)  # first, so that none is missed
+        return waiting + self.ledger.stats()["accepted"]
 
     def settled(self) -> int:
         """Return how many of the accepted records, from the oldest, are delivered or refused."""
@@ -1405,10 +1416,10 @@ class _MemoryQueue:
 
     def stats(self) -> "Dict[str, int]":
         with self.ledger.lock:
-            counts = self.ledger.stats()
             waiting = len(self._waiting)
-            counts["accepted"] += waiting
-            counts["pending"] += waiting
+            counts = self.ledger.stats()
+        counts["accepted"] += waiting
+        counts["pending"] += waiting
         return counts
 
 
@@ -1530,8 +1541,8 @@ _WRITES = _Writes()
 
 
 def _write_postponed() -> None:
-    while _WRITES.postponed:
-        log, _WRITES.postponed = _WRITES.postponed[0], _WRITES.postponed[1:]
+    logs, _WRITES.postponed = _WRITES.postponed, ()
+    for log in logs:
         try:
             log.flush()
         except AnalysysPythonSdkFileException as error:
@@ -2158,9 +2169,10 @@ class _Sender:
 
     def state(self) -> str:
         """Say why records wait."""
-        if self.failing_since is None:
+        since = self.failing_since  # once: the sender may recover meanwhile
+        if since is None:
             return "the server has not answered yet"
-        return "the server has been failing for %.1f s (%s)" % (self._clock() - self.failing_since, self.reason)
+        return "the server has been failing for %.1f s (%s)" % (self._clock() - since, self.reason)
 
     def failed(self, reason: str, wait: "Optional[float]" = None) -> None:
         """Note a failure that is not the data's, and when to try again: after *wait* seconds or a back-off."""
@@ -2355,12 +2367,11 @@ class _Worker:
 
     def hurry(self) -> None:
         """Make all that waits due, and cut a running back-off short, though not too often."""
-        with self._queue.ledger.lock:
-            self._goal = max(self._goal, self._queue.accepted())
-            now = self._clock()
-            if now >= self._next_cut:
-                self._next_cut = now + _CUT_EVERY
-                self._sender.not_before = 0.0
+        self._goal = max(self._goal, self._queue.accepted())  # two threads may undo each other: they come again
+        now = self._clock()
+        if now >= self._next_cut:
+            self._next_cut = now + _CUT_EVERY
+            self._sender.not_before = 0.0
         self._wake()
 
     def abandon(self) -> None:
@@ -2470,8 +2481,7 @@ class _Worker:
         self._queue.look_around()
         if self._urgent:
             self._urgent = False
-            with self._queue.ledger.lock:
-                self._goal = max(self._goal, self._queue.accepted())
+            self._goal = max(self._goal, self._queue.accepted())
         if self._ended or self._queue.is_empty():
             return float("inf")
         if (
@@ -2826,11 +2836,12 @@ def _deliver_at_exit() -> None:
     for state in states:
         try:
             state.close(max(0.0, deadline - time.monotonic()))
-        except AnalysysPythonSdkException as error:
+        except Exception as error:  # whatever befalls one, the others have their turn
+            records = getattr(error, "records", [])
             if state.on_error is not None:
-                _tell(state.on_error, error, error.records)
+                _tell(state.on_error, error, records)
             else:
-                lost, why = lost + len(error.records), error
+                lost, why = lost + len(records), error
     if lost:
         _log("error", "%d records were not delivered at exit: %s", lost, why)
 
