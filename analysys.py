@@ -1477,7 +1477,8 @@ class _LogFile:
             error.records = [_decode(line) for line in list(self._buffer)]
             raise
         self.closed = True
-        _OPEN.discard(self)
+        if not self._buffer:  # else a write that this call interrupts sees to it, or exit
+            _OPEN.discard(self)
         if self._lock.acquire(False):  # or else who is writing does it
             try:
                 self.disown()
