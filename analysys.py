@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     import ssl
     from datetime import datetime
     from types import TracebackType
-    from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Tuple, Type, Union
+    from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Optional, Tuple, Type, Union
 
     Record = Dict[str, Any]
     OnError = Optional[Callable[[Exception, Any], Any]]
@@ -113,6 +113,8 @@ _MAX_ITEMS = 100  # in a list: 3.4
 _MAX_INTEGER = 2**63 - 1  # 64 bits signed: C4
 _NAME = re.compile(r"\$?[A-Za-z][A-Za-z0-9_]*")  # 3.2
 _FIRST_MS, _LAST_MS = 10**12, 10**13 - 1  # Unix milliseconds of 13 digits: 3.2
+
+_MAX_FRAMES = 1000  # kept encoded of a tracker; an application has a few dozen: event names x platforms
 
 _LIB = "python"
 _PLATFORMS = {"ios": "iOS", "android": "Android", "js": "JS", "wechat": "WeChat", "": _LIB}  # in any case: C3
@@ -186,8 +188,8 @@ def _closed() -> AnalysysPythonSdkException:
     return AnalysysPythonSdkException("this collecter is closed: it takes no more records")
 
 
-def _unwritable(path: str, error: BaseException) -> AnalysysPythonSdkFileException:
-    raised = AnalysysPythonSdkFileException("cannot write %s: %s" % (path, error))
+def _unwritable(path: str, error: BaseException, lines: "Iterable[bytes]" = ()) -> AnalysysPythonSdkFileException:
+    raised = AnalysysPythonSdkFileException("cannot write %s: %s" % (path, error), map(_decode, lines))
     raised.errno = getattr(error, "errno", None)
     return raised
 
@@ -373,9 +375,10 @@ class AnalysysPythonSdk:
 
     def registerSuperProperties(self, super_properties: "Properties") -> None:
         """Add properties, 100 in all, that every later ``track`` carries; a name replaces itself in any case."""
-        added, folded = _copy_properties("super_properties", super_properties)
+        members, names = _members("super_properties", super_properties)
+        added = _decode(b"{%s}" % members)
         with self._lock():
-            kept = {name: value for name, value in self._settings.supers.items() if name.lower() not in folded}
+            kept = {name: value for name, value in self._settings.supers.items() if name.lower() not in names}
             if len(kept) + len(added) > _MAX_PROPERTIES:
                 raise _illegal("super_properties", super_properties, "must leave at most 100 super properties in all")
             kept.update(added)
@@ -444,25 +447,30 @@ class AnalysysPythonSdk:
         xwhen: "When",
         original_id: "Optional[str]" = None,
     ) -> None:
-        """Every tracking call: arguments, record, collecter; what goes wrong is raised or goes to on_error."""
-        record = None
+        """Every tracking call: arguments, line, collecter; what goes wrong is raised or goes to on_error."""
+        line = None
         try:
             settings = self._settings
             xwhen = int(self._clock() * 1000) if xwhen is None else _check("xwhen", xwhen)
-            built = _record(settings, kind, xwho, xwhat, properties, data_platform, is_login, xwhen, original_id)
-            if built is not None:
-                record = built
-                if settings.debug:
-                    _log("info", "record %s", json.dumps(record, ensure_ascii=False))
-                self._collecter.uploadData(record)
+            line = _call_line(settings, kind, xwho, xwhat, properties, data_platform, is_login, xwhen, original_id)
+            if line is None:
+                return
+            if settings.debug:
+                _log("info", "record %s", line.decode("utf-8").rstrip())
+            collecter = self._collecter
+            if getattr(collecter.uploadData, "__func__", None) is _Collecter.uploadData:
+                collecter._put(line, kind is _ALIASED)
+            else:  # one of somebody else's, or with a method of its own
+                collecter.uploadData(_decode(line))
         except Exception as error:
             if self._on_error is None:
                 raise
-            _tell(self._on_error, error, record)
+            _tell(self._on_error, error, line and _decode(line))
 
 
 ########################################################################################################################
-# Records: pure functions of settings and arguments. They read no clock and change nothing they are given.
+# Records: pure functions of settings and arguments. They read no clock and change nothing they are given. A record is made
+# as its line at once: what differs from call to call is encoded then, what does not was encoded before, in a frame.
 ########################################################################################################################
 
 # A kind of call: xwhat, the name of the id and of the properties argument, and the one rule its values must fall under.
@@ -485,9 +493,11 @@ class _Settings:
         self.debug = debug
         self.supers = supers
         self.folded = {name.lower(): name for name in supers}
-        self.lists = [name for name, value in supers.items() if isinstance(value, list)]
-        self.common = {"$lib": _LIB, "$lib_version": __version__, "$debug": debug}
-        self.track = dict(supers, **self.common)
+        self.names = frozenset(self.folded)
+        self.frames: "Dict[Tuple[Any, ...], _Frame]" = {}  # by the arguments of _frame()
+
+    def __reduce__(self) -> "Any":
+        return _Settings, (self.app_id, self.debug, self.supers)
 
     def replace(self, **changes: "Any") -> "_Settings":
         return _Settings(**dict({"app_id": self.app_id, "debug": self.debug, "supers": self.supers}, **changes))
@@ -497,9 +507,15 @@ class _Settings:
         return self.folded.get(_check("super_properties_key", name).lower())
 
 
-def _record(
+_NONE: "FrozenSet[str]" = frozenset()
+
+# A record in three pieces of JSON, between which stand its id, its time and its own properties.
+_Frame = collections.namedtuple("_Frame", "head middle tail")
+
+
+def _call_line(
     settings: _Settings,
-    kind: _Kind,
+    kind: "_Kind",
     xwho: str,
     xwhat: "Optional[str]",
     properties: "Any",
@@ -507,45 +523,57 @@ def _record(
     is_login: bool,
     xwhen: int,
     original_id: "Optional[str]",
-) -> "Optional[Record]":
-    """Return the record of one call, a private copy, or None where there is nothing to send."""
+) -> "Optional[bytes]":
+    """Return the line of one call's record, or None where there is nothing to send."""
     if settings.app_id is None:
         raise AnalysysPythonSdkIllegalDataException("appid is not set: setAppId() must come before any tracking call")
-    xwho = _check(kind.xwho, xwho)
-    platform = _check("data_platform", data_platform)
+    who = _id_text(kind.xwho, xwho)
     if is_login is not True and is_login is not False:
         is_login = _check("is_login", is_login)
-    own: "Record" = {}
-    if kind is _TRACK:
-        xwhat = _check("event_name", xwhat)
-        own, folded = _copy_properties("event_properties", properties)
-        context = {**settings.track, "$platform": platform, "$is_login": is_login, **own}
-        for name in settings.lists:
-            if name.lower() not in folded:
-                context[name] = list(context[name])
-        if not folded.keys().isdisjoint(settings.folded):
-            for name in folded.keys() & settings.folded.keys():
-                if settings.folded[name] != folded[name]:
-                    del context[settings.folded[name]]
+    if kind is _UNSET:
+        own, names = _unset_members(kind.properties, properties)
     else:
-        xwhat = kind.xwhat
-        if kind is _UNSET:
-            own = _copy_names(kind.properties, properties)
-        elif kind is not _DELETE:
-            own, _ = _copy_properties(kind.properties, properties, kind.only)
-        context = {**settings.common, "$platform": platform, "$is_login": is_login, **own}
-        if kind is _ALIASED:
-            context["$original_id"] = _check("distinct_id", original_id)
-            context["$is_login"] = True
-        elif not own and kind is not _DELETE:
+        own, names = _members(kind.properties, properties, kind.only)
+    replaced = _NONE if names.isdisjoint(settings.names) else names & settings.names
+    shape = (kind, xwhat, data_platform, is_login, replaced)
+    try:
+        head, middle, tail = settings.frames[shape]
+    except Exception:  # there is none, or what a hostile argument raises
+        head, middle, tail = _frame(settings, *shape)
+    if kind is _ALIASED:
+        own += (b"," if own else b"") + b'"$original_id":' + _id_text("distinct_id", original_id)
+    elif not own:
+        if kind is not _TRACK and kind is not _DELETE:
             return None
-    return {
-        "appid": settings.app_id,
-        "xwho": xwho,
-        "xwhat": xwhat,
-        "xwhen": xwhen,
-        "xcontext": context,
-    }
+        tail = tail[1:]
+    return b"".join((head, who, middle, b'%d,"xcontext":{' % xwhen, own, tail))
+
+
+def _frame(
+    settings: _Settings,
+    kind: "_Kind",
+    xwhat: "Optional[str]",
+    data_platform: "Optional[str]",
+    is_login: bool,
+    replaced: "FrozenSet[str]",
+) -> "_Frame":
+    """Return what the records of such calls have in common; *replaced* are the super properties that they replace."""
+    supers = settings.supers.items() if kind is _TRACK else ()
+    context = {name: value for name, value in supers if name.lower() not in replaced}
+    context["$lib"], context["$lib_version"] = _LIB, __version__
+    context["$platform"] = _check("data_platform", data_platform)
+    context["$is_login"], context["$debug"] = is_login or kind is _ALIASED, settings.debug
+    parts = (
+        '{"appid":%s,"xwho":' % _encode(settings.app_id),
+        ',"xwhat":%s,"xwhen":' % _encode(kind.xwhat or _check("event_name", xwhat)),
+        ",%s}\n" % _encode(context)[1:],
+    )
+    frame = _Frame(*[part.encode("utf-8") for part in parts])
+    if type(xwhat) in (str, type(None)) and type(data_platform) in (str, type(None)):
+        if len(settings.frames) >= _MAX_FRAMES:
+            settings.frames.clear()
+        settings.frames[kind, xwhat, data_platform, is_login, replaced] = frame
+    return frame
 
 
 ########################################################################################################################
@@ -562,10 +590,7 @@ def _text(value: "Any", shortest: int, longest: float) -> str:
 
 
 def _id(value: "Any") -> str:
-    if type(value) is not str or not 0 < len(value) <= _MAX_ID:
-        return _text(value, 1, _MAX_ID)
-    value.encode()
-    return value
+    return _text(value, 1, _MAX_ID)
 
 
 def _name(value: "Any") -> str:
@@ -588,11 +613,12 @@ def _folded_name(plain: str) -> str:
 
 
 @functools.lru_cache(256)  # and come in few sets
-def _folded_names(names: "Tuple[str, ...]") -> "Dict[str, str]":
-    folded = {_folded_name(name): name for name in names}
+def _known_names(names: "Tuple[str, ...]") -> "Tuple[str, FrozenSet[str]]":
+    """Check names of one call; return the members of a JSON object with %s for each value, and them in lower case."""
+    folded = frozenset(map(_folded_name, names))
     if len(folded) != len(names):
         raise ValueError
-    return folded
+    return ",".join(['"%s":%%s' % name for name in names]), folded
 
 
 @functools.lru_cache(1024)
@@ -604,11 +630,8 @@ def _event_name(value: "Any") -> str:
     return _known_event_name(value) if type(value) is str else _name(value)
 
 
-def _string(value: str) -> str:
-    if type(value) is not str or len(value) > _MAX_STRING:
-        return _text(value, 0, _MAX_STRING)
-    value.encode()
-    return value
+def _string(value: "Any") -> str:
+    return _text(value, 0, _MAX_STRING)
 
 
 def _exactly(value: "Any", *allowed: "Any") -> "Any":
@@ -643,15 +666,18 @@ def _number(value: "Any") -> "Union[int, float]":
     return _integer(int(value)) if int(value) == value else near
 
 
-def _list(value: "Any") -> "List[str]":
+def _items(value: "Any") -> "List[str]":
     plain = list.__getitem__(value, slice(None)) if isinstance(value, list) else [*tuple.__iter__(value)]
     if len(plain) > _MAX_ITEMS:
         raise ValueError
     for item in plain:
         if type(item) is not str or len(item) > _MAX_STRING:
-            return [_text(item, 0, _MAX_STRING) for item in plain]
-    "".join(plain).encode()
+            return list(map(_string, plain))
     return plain
+
+
+def _list(value: "Any") -> "List[str]":
+    return list(map(_string, _items(value)))
 
 
 def _moment(value: "Any") -> str:
@@ -725,6 +751,13 @@ class _Rule:
         self.text = text
         self.plain = plain
 
+    def check(self, argument: str, value: "Any") -> "Any":
+        """Return the plain form of *value*, or raise what names argument, value and rule."""
+        try:
+            return self.plain(value)
+        except Exception:
+            raise _illegal(argument, value, self.text) from None
+
 
 _NAME_TEXT = r"1 to 99 characters that match \$?[A-Za-z][A-Za-z0-9_]*"
 _RULES = {
@@ -777,12 +810,17 @@ _CONTEXT_RULES = {
 
 
 def _check(argument: str, value: "Any", rule: "Optional[str]" = None) -> "Any":
-    """Return the plain form of *value*, or raise what names argument, value and rule."""
-    applied = _RULES[rule or argument]
+    return _RULES[rule or argument].check(argument, value)
+
+
+def _id_text(argument: str, value: "Any") -> bytes:
+    """Check an id and return it as JSON."""
+    if type(value) is not str or not 0 < len(value) <= _MAX_ID:
+        value = _check(argument, value)
     try:
-        return applied.plain(value)
-    except Exception:
-        raise _illegal(argument, value, applied.text) from None
+        return _quote(value).encode()
+    except UnicodeEncodeError:
+        raise _illegal(argument, value, _RULES[argument].text) from None
 
 
 def _value_rule(value: object) -> _Rule:
@@ -807,45 +845,56 @@ def _value_rule(value: object) -> _Rule:
     return _RULES["value"]
 
 
-def _copy_properties(
+def _members(
     argument: str, given: "Any", only: "Optional[str]" = None, most: int = _MAX_PROPERTIES
-) -> "Tuple[Record, Dict[str, str]]":
-    """Return a checked copy of properties, and their names in lower case, each with its spelling.
+) -> "Tuple[bytes, FrozenSet[str]]":
+    """Check properties; return them as the members of a JSON object, and their names in lower case.
 
     *only* is the one rule that every value must fall under.
     """
     if given is None:
-        return {}, {}
+        return b"", _NONE
     if not issubclass(type(given), dict):  # whatever it says of its class
         raise _illegal(argument, given, "must be a dict or None")
     # A copy in one step: another thread may change it while we look. Of a subclass, what it holds, not what it says.
     own = given.copy() if type(given) is dict else dict(dict.items(given))
     if len(own) > most:
         raise _illegal("the number of " + argument, len(own), "must be at most %d" % most)
-    if not _PLAIN_NAME.issuperset(map(type, own)):
-        own = _with_plain_names(argument, own)
+    texts: "List[str]" = []
     try:
-        folded = _folded_names(tuple(own))
-    except ValueError:
-        names = [_check("a name in " + argument, name, "name") for name in own]
-        raise _same_names(argument, names) from None
-    for name, value in own.items():
-        kind = type(value)
-        try:  # the usual kinds in line: a call costs as much as all the rest of a check
+        for name, value in own.items():  # the usual kinds in line: a call costs as much as all the rest of a check
+            if type(name) is not str:
+                break
+            kind = type(value)
             if kind is str and len(value) <= _MAX_STRING:
-                value.encode()
-            elif kind is not bool and (kind is not int or not -_MAX_INTEGER <= value <= _MAX_INTEGER):
-                own[name] = _value_rule(value).plain(value)
-        except Exception:
-            raise _illegal("%s[%r]" % (argument, name), value, _value_rule(value).text) from None
+                text = _quote(value)
+            elif kind is bool:
+                text = "true" if value else "false"
+            elif kind is int and -_MAX_INTEGER <= value <= _MAX_INTEGER:
+                text = str(value)
+            elif kind is list:
+                text = "[%s]" % ",".join(map(_quote, _items(value)))
+            else:
+                text = _encode(_value_rule(value).plain(value))
+            texts.append(text)
+    except Exception:
+        raise _illegal("%s[%r]" % (argument, name), value, _value_rule(value).text) from None
+    if len(texts) < len(own):
+        return _members(argument, _with_plain_names(argument, own), only, most)
     if only is not None:
         for name, value in own.items():
             if _value_rule(value) is not _RULES[only]:
                 raise _illegal("%s[%r]" % (argument, name), value, _RULES[only].text)
-    return own, folded
-
-
-_PLAIN_NAME = frozenset((str,))
+    try:
+        form, names = _known_names(tuple(own))
+    except ValueError:
+        raise _same_names(argument, [_check("a name in " + argument, name, "name") for name in own]) from None
+    try:
+        return (form % tuple(texts)).encode(), names
+    except UnicodeEncodeError:
+        for name, value in own.items():
+            _value_rule(value).check("%s[%r]" % (argument, name), value)
+        raise
 
 
 def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
@@ -856,24 +905,20 @@ def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
     return plain
 
 
-def _copy_names(argument: str, given: "Any") -> "Record":
-    """Return the checked names of properties to unset, each with the value that unsets it."""
+def _unset_members(argument: str, given: "Any") -> "Tuple[bytes, FrozenSet[str]]":
+    """Check names of properties; return what unsets them as _members() does."""
     if given is None:
-        return {}
+        return b"", _NONE
     kinds: "Any" = [kind for kind in (list, tuple, set, frozenset) if issubclass(type(given), kind)]
     if not kinds:
         raise _illegal(argument, given, "must be a list, tuple or set of property names")
     names = {_check("a name in " + argument, name, "name") for name in [*kinds[0].__iter__(given)]}
-    if len(names) > _MAX_PROPERTIES:
-        raise _illegal("the number of " + argument, len(names), "must be at most %d" % _MAX_PROPERTIES)
-    if len({name.lower() for name in names}) != len(names):
-        raise _same_names(argument, sorted(names))
-    return dict.fromkeys(names, "")
+    return _members(argument, dict.fromkeys(names, ""))
 
 
 def _same_names(argument: str, names: "List[str]") -> AnalysysPythonSdkIllegalDataException:
     counts = collections.Counter(name.lower() for name in names)
-    same = [name for name in names if counts[name.lower()] > 1]
+    same = sorted(name for name in names if counts[name.lower()] > 1)
     return _illegal("a name in " + argument, same, "must not differ from another by its case only")
 
 
@@ -898,7 +943,7 @@ def _check_record(record: "Any") -> None:
         raise _illegal("xcontext", context, "must have $original_id in an $alias record")
     own = {name: value for name, value in context.items() if name not in _CONTEXT_RULES}
     only = {kind.xwhat: kind.only for kind in (_INCREMENT, _APPEND)}.get(record["xwhat"])
-    _copy_properties("xcontext", own, only, 2 * _MAX_PROPERTIES)
+    _members("xcontext", own, only, 2 * _MAX_PROPERTIES)
 
 
 ########################################################################################################################
@@ -907,6 +952,9 @@ def _check_record(record: "Any") -> None:
 
 # No circular check: a record holds no containers of containers, and any other one meets the recursion limit.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False).encode
+# What _encode() does to a str, without looking first whether it is one. Every CPython has it, under this name.
+_quote: "Callable[[str], str]" = getattr(json.encoder, "encode_basestring", _encode)
+
 
 def _no_number(name: str) -> None:
     raise ValueError("%s is no JSON" % name)
@@ -933,9 +981,22 @@ def _decode(text: bytes) -> "Any":
     return _decoder.decode(text.decode("utf-8"))
 
 
-def _array(records: "List[Record]") -> bytes:
-    """Return *records* as a JSON array."""
-    return _encode(records).encode("utf-8")
+def _array(lines: "List[bytes]") -> bytes:
+    """Return the records in *lines* as a JSON array."""
+    return b"[" + b",".join(lines) + b"]"
+
+
+def _records(lines: "List[bytes]") -> "List[Any]":
+    """Return *lines* as records, or as text where they are none."""
+    return [line.decode("utf-8", "replace") if _damage(line) else _decode(line) for line in lines]
+
+
+def _damage(line: bytes) -> "Optional[str]":
+    """Say what is wrong with a line that should hold a record in JSON; None where nothing is."""
+    try:
+        return None if isinstance(_decode(line), dict) else "not a JSON object"
+    except (ValueError, RecursionError) as error:
+        return "not JSON: %s" % error
 
 
 def _pack(text: bytes) -> bytes:
@@ -1304,14 +1365,13 @@ def _sum(changes: "List[Dict[str, int]]") -> "Dict[str, int]":
 
 
 class _MemoryQueue:
-    """A bounded queue of records, with the batch in flight at its head.
+    """A bounded queue of lines, with the batch in flight at its head.
 
     `queue.Queue` would take a lock in put(), which deadlocks when the garbage collector runs a ``__del__`` that tracks
     while the lock is held. Here put() takes none: a list of free slots bounds the queue and a deque holds it, and each
     of their steps is atomic. A record is accepted at the moment it is in the deque.
     """
 
-    encode = staticmethod(_array)
     is_durable = False  # whether what is not delivered at the end stays for the next process
     rounds = float("inf")  # seconds between two calls of look_around()
 
@@ -1319,27 +1379,27 @@ class _MemoryQueue:
         self.ledger = _Ledger()  # its lock guards what follows, but for put(), whose steps are atomic
         self._clock = clock
         self._free: "List[None]" = [None] * max_size
-        self._waiting: "Deque[Tuple[float, Record]]" = collections.deque()  # (when it came, record)
+        self._waiting: "Deque[Tuple[float, bytes]]" = collections.deque()  # (when it came, line)
         self.waiting = self._waiting.__len__  # how many records wait that are not in flight
-        self._inflight: "List[Record]" = []
+        self._inflight: "List[bytes]" = []
         self._settled = 0
         self._surrendered = False
         self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; the worker reports them
 
-    def put(self, record: "Record") -> bool:
-        """Accept *record*, or return False where the queue is full."""
+    def put(self, line: bytes) -> bool:
+        """Accept *line*, or return False where the queue is full."""
         try:
             self._free.pop()
         except IndexError:
             return False
-        self._waiting.append((self._clock(), record))
+        self._waiting.append((self._clock(), line))
         return True
 
-    def take_back(self, record: "Record") -> bool:
-        """Undo put(), unless *record* is on its way already."""
+    def take_back(self, line: bytes) -> bool:
+        """Undo put(), unless *line* is on its way already."""
         with self.ledger.lock:
             for entry in list(self._waiting):
-                if entry[1] is record:
+                if entry[1] is line:
                     self._waiting.remove(entry)
                     self._free.append(None)
                     return True
@@ -1353,14 +1413,9 @@ class _MemoryQueue:
             self._inflight += [self._waiting.popleft()[1] for _ in range(number)]
         return number
 
-    def head(self, number: int) -> "List[Record]":
-        """Return the first *number* records in flight."""
+    def head(self, number: int) -> "List[bytes]":
+        """Return the first *number* lines in flight."""
         return self._inflight[:number]
-
-    @staticmethod
-    def decode(items: "List[Record]") -> "List[Record]":
-        """Return what head() returned as records."""
-        return items
 
     def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         """Let go of the first *number* in flight: delivered, or rejected with *error*."""
@@ -1383,7 +1438,7 @@ class _MemoryQueue:
             self.take(len(self._waiting))
             left, self._inflight, self._surrendered = self._inflight, [], True
             self.ledger.add(rejected=len(left), pending=-len(left))
-        return left
+        return _records(left)
 
     def look_around(self) -> None:
         """Look for records that others left: in memory there are none."""
@@ -1447,7 +1502,7 @@ class _LogFile:
         self._file: "Optional[_SharedFile]" = None
         self.closed = False
 
-    def put(self, line: bytes) -> None:
+    def put(self, line: bytes, urgent: bool) -> None:
         """Accept *line* and write what makes a batch; where that fails, raise, keep what waited and not *line*."""
         if self.closed:
             raise _closed()
@@ -1517,7 +1572,7 @@ class _LogFile:
                         self._file = _SharedFile(path)
                     self._file.append(b"".join(waited + more), note, patience)
                 except OSError as error:
-                    raise _unwritable(path, error) from error
+                    raise _unwritable(path, error, more) from error
                 if self.closed:
                     self.disown()
                 self.ledger.add(accepted=len(more), delivered=len(waited) + len(more), pending=-len(waited))
@@ -1697,7 +1752,7 @@ def _read_lines(
 def _sound(lines: "List[_Line]") -> int:
     """Return how many of *lines*, from the first, are records in JSON."""
     try:
-        parsed = _decode(_join(lines))  # all at once is the fast way
+        parsed = _decode(_array([line.text for line in lines]))  # all at once is the fast way
         if len(parsed) == len(lines) and all(type(record) is dict for record in parsed):
             return len(lines)
     except (ValueError, RecursionError):
@@ -1708,31 +1763,11 @@ def _sound(lines: "List[_Line]") -> int:
     return len(lines)
 
 
-def _damage(text: bytes) -> "Optional[str]":
-    """Say what is wrong with a line that should hold a record in JSON; None where nothing is."""
-    try:
-        return None if isinstance(_decode(text), dict) else "not a JSON object"
-    except (ValueError, RecursionError) as error:
-        return "not JSON: %s" % error
-
-
-def _join(lines: "List[_Line]") -> bytes:
-    """Return the records of *lines* as a JSON array."""
-    return b"[" + b",".join([line.text for line in lines]) + b"]"
-
-
-def _records(lines: "List[_Line]") -> "List[Any]":
-    """Return *lines* as records, or as text where they are none."""
-    return [
-        line.text.decode("utf-8", "replace") if _damage(line.text) else _decode(line.text) for line in lines
-    ]
-
-
 def _reject_lines(rejected: "_SharedFile", lines: "List[_Line]", reason: str) -> None:
     """Append refused or damaged lines to ``rejected.log``, each with its file, its line number and the reason."""
     entries = [
         {"file": line.file, "line": line.number, "reason": reason, "record": record}
-        for line, record in zip(lines, _records(lines))
+        for line, record in zip(lines, _records([line.text for line in lines]))
     ]
     try:
         lacking = "".join(json.dumps(entry) + "\n" for entry in entries)  # ASCII: a record may hold half a character
@@ -1871,8 +1906,6 @@ def _lock_forever(fd: int) -> bool:
 class _Spool:
     """A queue on disk with the interface of `_MemoryQueue`: what a process wrote, after what ended ones left."""
 
-    encode = staticmethod(_join)
-    decode = staticmethod(_records)
     is_durable = True
     rounds = _LOOK_EVERY
 
@@ -1900,12 +1933,8 @@ class _Spool:
         self._rejected = _SharedFile(os.path.join(directory, "rejected.log"), 0o600)
         self._look_at = 0.0
 
-    def put(self, record: "Record") -> bool:
-        """Hand *record* to the operating system, or return False where the spool is full; raise where that fails."""
-        try:
-            line = _line(record)
-        except Exception as error:
-            raise _illegal("record", record, "must be JSON: %s" % error) from None
+    def put(self, line: bytes) -> bool:
+        """Hand *line* to the operating system, or return False where the spool is full; raise where that fails."""
         with self._writing:
             if self._closed:
                 raise _closed()
@@ -1924,10 +1953,10 @@ class _Spool:
                     size = 0
                 _append(self._fd, size, line, note)
             except OSError as error:
-                raise _unwritable(self._own.path(self._number), error) from error
+                raise _unwritable(self._own.path(self._number), error, [line]) from error
         return True
 
-    def take_back(self, record: "Record") -> bool:
+    def take_back(self, line: bytes) -> bool:
         """Undo nothing: what is on disk will be delivered."""
         return False
 
@@ -1952,12 +1981,12 @@ class _Spool:
                 if sound:
                     return len(lines)
                 reason = "line %d of %s is %s" % (lines[0].number, lines[0].file, _damage(lines[0].text))
-                self.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records(lines)))
+                self.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records([lines[0].text])))
         return 0
 
-    def head(self, number: int) -> "List[_Line]":
+    def head(self, number: int) -> "List[bytes]":
         """Return the first *number* lines in flight."""
-        return self._inflight[:number]
+        return [line.text for line in self._inflight[:number]]
 
     def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         """Let go of the first *number* in flight: delivered, or rejected with *error*."""
@@ -2101,7 +2130,7 @@ class _Spool:
 class _Sender:
     """Sends what is at the head of a queue, in order, and settles it. One thread at a time may call attempt()."""
 
-    def __init__(self, transport: "_Transport", ledger: "_Ledger", encode: "Callable[[Any], bytes]") -> None:
+    def __init__(self, transport: "_Transport", ledger: "_Ledger") -> None:
         import random
 
         self.failing_since: "Optional[float]" = None  # monotonic; None while the last attempt succeeded
@@ -2109,7 +2138,6 @@ class _Sender:
         self.reason = ""  # of the last failure
         self._transport = transport
         self._ledger = ledger
-        self._encode = encode
         self._clock = time.monotonic
         self._random = random.Random()  # its own seed, also in a forked child
         self._parts: "Deque[int]" = collections.deque()  # sizes of the requests that the batch in flight is cut into
@@ -2117,20 +2145,17 @@ class _Sender:
         self._failures = 0
         self._next_warning = 0.0
 
-    def ask(self, items: "Any", timeout: float) -> "_Verdict":
-        """Send *items* in one request and say what became of them. Raises nothing. Any thread may call it."""
-        try:
-            text = self._encode(items)
-        except Exception as error:  # only a record that came to uploadData() by hand
-            return _Verdict(_REFUSED, "not JSON: %s" % error, None)
+    def ask(self, lines: "List[bytes]", timeout: float) -> "_Verdict":
+        """Send *lines* in one request and say what became of them. Raises nothing. Any thread may call it."""
+        text = _array(lines)
         self._ledger.add(requests=1)
         try:
             verdict = _judge(self._transport.post(_pack(text), timeout))
         except Exception as error:
             verdict = _Verdict(_RETRY, "%s: %s" % (type(error).__name__, error), None)
         if b'"$debug":1' in text or b'"$debug":2' in text:
-            _log("info", "answer for %d records: %s, %s", len(items), verdict.kind, verdict.reason)
-        if verdict.kind == _TOO_LARGE and len(items) == 1:
+            _log("info", "answer for %d records: %s, %s", len(lines), verdict.kind, verdict.reason)
+        if verdict.kind == _TOO_LARGE and len(lines) == 1:
             return verdict._replace(kind=_REFUSED)
         return verdict
 
@@ -2142,13 +2167,13 @@ class _Sender:
             self._parts[0] -= self._limit
             self._parts.appendleft(self._limit)
         size = self._parts[0]
-        items = queue.head(size)
-        if not items:  # surrendered meanwhile
+        lines = queue.head(size)
+        if not lines:  # surrendered meanwhile
             self._parts.clear()
             return
         if self._failures:
             self._ledger.add(retries=1)
-        verdict = self.ask(items, timeout)
+        verdict = self.ask(lines, timeout)
         if verdict.kind == _RETRY:
             self.failed(verdict.reason, verdict.wait)
             return
@@ -2162,7 +2187,7 @@ class _Sender:
             if self._limit == 1:  # it was this record that was too large, not the number of them
                 self._limit = sys.maxsize
             reason = "refused for good: " + verdict.reason
-            queue.settle(1, AnalysysPythonSdkIllegalDataException(reason, queue.decode(items)))
+            queue.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records(lines)))
             self._parts.popleft()
         else:
             queue.settle(size)
@@ -2267,7 +2292,7 @@ class _Worker:
             else _Spool(spool_path, spool_max_bytes, self._clock)
         )
         self._transport = _Transport(url, ssl_context, headers)
-        self._sender = _Sender(self._transport, self._queue.ledger, self._queue.encode)
+        self._sender = _Sender(self._transport, self._queue.ledger)
         self.stats = self._queue.stats
         self._gate = threading.Lock()  # closed while the thread has nothing to do; _wake() opens it
         self._gate.acquire()
@@ -2286,17 +2311,13 @@ class _Worker:
 
     # What callers do
 
-    def put(self, record: "Record") -> None:
-        """Accept *record*, waiting for room if need be, and see to it that it will be sent."""
+    def put(self, line: bytes, urgent: bool) -> None:
+        """Accept *line*, waiting for room if need be, and see to it that it will be sent."""
         if self.closed:
             raise _closed()
-        try:
-            urgent = record["xwhat"] == _ALIAS
-        except (TypeError, KeyError):
-            raise _illegal("record", record, "must be a dict with the key xwhat") from None
-        if not self._queue.put(record):
-            self._wait_for_room(record)
-        if self.closed and self._queue.take_back(record):
+        if not self._queue.put(line):
+            self._wait_for_room(line)
+        if self.closed and self._queue.take_back(line):
             self._settled.notify()
             raise _closed()
         if urgent:
@@ -2396,12 +2417,12 @@ class _Worker:
         else:
             _log("error", "%d records are lost: %s", len(error.records), error)
 
-    def _wait_for_room(self, record: "Record") -> None:
+    def _wait_for_room(self, line: bytes) -> None:
         is_in = False
 
         def is_over() -> bool:
             nonlocal is_in
-            is_in = self._queue.put(record)
+            is_in = self._queue.put(line)
             return is_in or self.closed or self._sender.failing_since is not None
 
         if self._thread is None:
@@ -2413,7 +2434,7 @@ class _Worker:
             raise _closed()
         if not is_in:
             message = "the queue is full: %d records wait; %s" % (self.stats()["pending"], self._sender.state())
-            raise AnalysysPythonSdkNetworkException(message, [record])
+            raise AnalysysPythonSdkNetworkException(message, [_decode(line)])
 
     def _is_sending(self) -> bool:
         """Tell whether this is the sending thread: it must not wait for itself."""
@@ -2542,7 +2563,14 @@ class _Collecter:
 
     def uploadData(self, record: "Record") -> None:
         """Take one record; what that means is the collecter's to say. The record is the collecter's from then on."""
-        (self._states.get(os.getpid()) or self._state()).put(record)
+        try:
+            line, urgent = _line(record), record["xwhat"] == _ALIAS
+        except Exception as error:
+            raise _illegal("record", record, "must be JSON and have the key xwhat: %s" % error) from None
+        self._put(line, urgent)
+
+    def _put(self, line: bytes, urgent: bool) -> None:
+        (self._states.get(os.getpid() if _FORKS else _PID) or self._state()).put(line, urgent)
 
     def flush(self, timeout: "Optional[float]" = 10) -> None:
         """Return when all records accepted so far are delivered, refused for good or written; raise where they are not.
@@ -2648,25 +2676,25 @@ class _Direct:
         self._timeout = request_timeout
         self._ledger = _Ledger()
         self._transport = _Transport(url, ssl_context, headers)
-        self._sender = _Sender(self._transport, self._ledger, _array)
+        self._sender = _Sender(self._transport, self._ledger)
         self.stats = self._ledger.stats
         self.disown = self._transport.disown
 
-    def put(self, record: "Record") -> None:
+    def put(self, line: bytes, urgent: bool) -> None:
         if self.closed:
             raise _closed()
         self._ledger.add(accepted=1, pending=1)
         became = "rejected"
         try:
-            verdict = self._sender.ask([record], self._timeout)
+            verdict = self._sender.ask([line], self._timeout)
             if verdict.kind == _DELIVERED:
                 became = "delivered"
         finally:
             self._ledger.add(pending=-1, **{became: 1})
         if verdict.kind == _REFUSED:
-            raise AnalysysPythonSdkIllegalDataException("refused for good: " + verdict.reason, [record])
+            raise AnalysysPythonSdkIllegalDataException("refused for good: " + verdict.reason, [_decode(line)])
         if verdict.kind != _DELIVERED:
-            raise AnalysysPythonSdkNetworkException("not delivered: " + verdict.reason, [record])
+            raise AnalysysPythonSdkNetworkException("not delivered: " + verdict.reason, [_decode(line)])
 
     def flush(self, timeout: "Optional[float]") -> None:
         """Nothing waits: each call returns after its record is delivered."""
@@ -2761,18 +2789,6 @@ class LogCollecter(_Collecter):
             }
         )
 
-    def uploadData(self, record: "Record") -> None:
-        """Write one record, or put it with the batch."""
-        try:
-            line = _line(record)
-        except Exception as error:
-            raise _illegal("record", record, "must be JSON: %s" % error) from None
-        try:
-            self._state().put(line)
-        except AnalysysPythonSdkFileException as error:
-            error.records = [record]
-            raise
-
 
 LogCollecter._State = _LogFile
 
@@ -2813,13 +2829,34 @@ def _notice_forks(collecter: "_Collecter") -> None:
     _COLLECTERS.append(weakref.ref(collecter, _COLLECTERS.remove))
 
 
+# The number of this process: asking the system costs as much as half a check of a call. It holds while _FORKS is empty.
+_PID = 0
+_FORKS: "List[None]" = [None]  # an item for each fork under way; one for ever where they cannot be noticed
+
+
 @functools.lru_cache(None)  # once
 def _hook_fork() -> None:
     if _register_at_fork is not None:
-        _register_at_fork(after_in_child=_disown_all)
+        _register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+        _know_process()
 
 
-def _disown_all() -> None:
+def _before_fork() -> None:
+    _FORKS.append(None)
+
+
+def _after_fork() -> None:
+    del _FORKS[:1]
+
+
+def _know_process() -> None:
+    global _PID
+    _PID = os.getpid()
+    del _FORKS[:]
+
+
+def _after_fork_in_child() -> None:
+    _know_process()
     for reference in list(_COLLECTERS):
         collecter = reference()
         if collecter is not None:
@@ -3074,7 +3111,7 @@ def _upload(arguments: "Any") -> int:
     checkpoint.lock()
     try:
         shipment = _Shipment(paths, checkpoint, arguments)
-        sender = _Sender(transport, shipment.ledger, shipment.encode)
+        sender = _Sender(transport, shipment.ledger)
         _ship(shipment, sender, arguments)
         return _sum_up(shipment, sender)
     finally:
@@ -3309,9 +3346,6 @@ def _open_to_read(path: str) -> "Any":
 class _Shipment:
     """The lines of files as a queue for the sender. What is settled is noted in the checkpoint."""
 
-    encode = staticmethod(_join)
-    decode = staticmethod(_records)
-
     def __init__(self, paths: "List[str]", checkpoint: "_Checkpoint", options: "Any") -> None:
         self.ledger = _Ledger()
         self.stats = self.ledger.stats
@@ -3350,11 +3384,11 @@ class _Shipment:
                     self._inflight = [line._replace(text=_as_history(line.text)) for line in self._inflight]
                 return keep
             reason = "line %d of %s is %s" % (lines[0].number, lines[0].file, _damage(lines[0].text))
-            self.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records(lines[:1])))
+            self.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records([lines[0].text])))
 
-    def head(self, number: int) -> "List[_Line]":
+    def head(self, number: int) -> "List[bytes]":
         """Return the first *number* lines in flight."""
-        return self._inflight[:number]
+        return [line.text for line in self._inflight[:number]]
 
     def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         """Let go of the first *number* in flight: delivered, or rejected with *error*."""
