@@ -144,6 +144,7 @@ _LOG_FILE = re.compile(r"datas_\d+\.log(\..+)?")  # what LogCollecter writes, an
 _SPOOL_LOCK = re.compile(r"\d{13,}-\d+-[0-9a-f]{8}\.lock")
 _SPOOL_FILE = re.compile(r"\d{13,}-\d+-[0-9a-f]{8}\.\d{6,}\.log")
 _LOCKED_BYTE = 1 << 62  # the byte that Windows locks, far beyond any file's end
+_LOCK_NOW = fcntl and fcntl.LOCK_EX | fcntl.LOCK_NB
 _LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's lock
 _LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
 _LOGGER = "analysys"
@@ -852,12 +853,15 @@ def _members(
 
     *only* is the one rule that every value must fall under.
     """
-    if given is None:
-        return b"", _NONE
-    if not issubclass(type(given), dict):  # whatever it says of its class
-        raise _illegal(argument, given, "must be a dict or None")
     # A copy in one step: another thread may change it while we look. Of a subclass, what it holds, not what it says.
-    own = given.copy() if type(given) is dict else dict(dict.items(given))
+    if type(given) is dict:
+        own = given.copy()
+    elif given is None:
+        return b"", _NONE
+    elif issubclass(type(given), dict):  # whatever it says of its class
+        own = dict(dict.items(given))
+    else:
+        raise _illegal(argument, given, "must be a dict or None")
     if len(own) > most:
         raise _illegal("the number of " + argument, len(own), "must be at most %d" % most)
     texts: "List[str]" = []
@@ -1343,8 +1347,9 @@ class _Ledger:
         self._changes: "List[Dict[str, int]]" = [dict.fromkeys(names, 0)]  # the first is the sum of all before
         self._turn = threading.Lock()  # held by who shortens _changes; nobody waits for it
 
-    def add(self, **changes: int) -> None:
-        self._changes.append(changes)
+    def add(self, change: "Dict[str, int]") -> None:
+        """Add *change*, which nobody changes afterwards."""
+        self._changes.append(change)
         if len(self._changes) > 256 and self._turn.acquire(False):
             try:
                 seen = self._changes[:]
@@ -1354,6 +1359,13 @@ class _Ledger:
 
     def stats(self) -> "Dict[str, int]":
         return _sum(self._changes[:])
+
+
+_ACCEPTED = {"accepted": 1, "pending": 1}
+
+
+def _settled(number: int, error: object) -> "Dict[str, int]":
+    return {"pending": -number, "rejected" if error else "delivered": number}
 
 
 def _sum(changes: "List[Dict[str, int]]") -> "Dict[str, int]":
@@ -1409,7 +1421,7 @@ class _MemoryQueue:
         """Move up to *most* waiting records in flight and return their number."""
         with self.ledger.lock:
             number = 0 if self._surrendered else min(most, len(self._waiting))
-            self.ledger.add(accepted=number, pending=number)  # first: accepted() may be too high, never too low
+            self.ledger.add({"accepted": number, "pending": number})  # first: accepted() may be too high, never too low
             self._inflight += [self._waiting.popleft()[1] for _ in range(number)]
         return number
 
@@ -1427,7 +1439,7 @@ class _MemoryQueue:
             del self._inflight[:number]
             self._settled += number
             self._free.extend([None] * number)
-            self.ledger.add(pending=-number, **{"rejected" if error else "delivered": number})
+            self.ledger.add(_settled(number, error))
 
     def disown(self) -> None:
         """Let go of descriptors: there are none."""
@@ -1437,7 +1449,7 @@ class _MemoryQueue:
         with self.ledger.lock:
             self.take(len(self._waiting))
             left, self._inflight, self._surrendered = self._inflight, [], True
-            self.ledger.add(rejected=len(left), pending=-len(left))
+            self.ledger.add(_settled(len(left), True))
         return _records(left)
 
     def look_around(self) -> None:
@@ -1497,9 +1509,9 @@ class _LogFile:
         self._pattern = pattern  # for strftime
         self._batch = batch
         self._buffer: "List[bytes]" = []  # lines accepted and not yet written; its steps are atomic
-        self._quarter = -1  # of an hour, since 1970: time zones differ by no less, so that long _path stays
-        self._path = ""
-        self._file: "Optional[_SharedFile]" = None
+        self._since = self._until = 0.0  # the quarter of an hour for which _file is known: time zones differ by no less
+        self._file = _SharedFile("")
+        self._written = 0  # lines that never waited
         self.closed = False
 
     def put(self, line: bytes, urgent: bool) -> None:
@@ -1508,21 +1520,21 @@ class _LogFile:
             raise _closed()
         is_due = len(self._buffer) + 1 >= self._batch or not self._buffer and not _register(self)
         if is_due and not _WRITES.now:
-            self._write([line])
+            self._write(line)
             return
-        self.ledger.add(accepted=1, pending=1)
+        self.ledger.add(_ACCEPTED)
         self._buffer.append(line)
         if is_due:
-            _WRITES.postponed += (self,)
+            _POSTPONED.append(self)
         if self.closed:  # by another thread, while we were here
             self.close()
 
     def flush(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, or raise and keep it."""
         if self._buffer and _WRITES.now:
-            _WRITES.postponed += (self,)
+            _POSTPONED.append(self)
         elif self._buffer:
-            self._write([], _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
+            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
 
     def close(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, then take no more; where that fails, raise with it in ``records`` and stay open."""
@@ -1553,54 +1565,73 @@ class _LogFile:
             _log("error", "%d records wait for exit: %s", len(error.records), error)
 
     def disown(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def stats(self) -> "Dict[str, int]":
-        return self.ledger.stats()
+        counts, written = self.ledger.stats(), self._written
+        counts["accepted"] += written
+        counts["delivered"] += written
+        return counts
 
-    def _write(self, more: "List[bytes]", patience: float = _LOCK_TIMEOUT) -> None:
+    def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT) -> None:
+        """Write what waits and then *line*, which may be empty."""
         _WRITES.now = True
         try:
             with self._lock:
-                waited = self._buffer[:]
-                note = functools.partial(self._buffer.__delitem__, slice(len(waited)))
-                path = self._path_now()
+                note, lines = self._note_line, line
+                if self._buffer or not line:
+                    waited = self._buffer[:]
+                    note = functools.partial(self._note_lines, len(waited), line)
+                    lines = b"".join(waited + [line])
+                now = self.clock()
+                if not self._since <= now < self._until:
+                    self._turn_to(now)
                 try:
-                    if self._file is None or self._file.path != path:
-                        self.disown()
-                        self._file = _SharedFile(path)
-                    self._file.append(b"".join(waited + more), note, patience)
+                    self._file.append(lines, note, patience)
                 except OSError as error:
-                    raise _unwritable(path, error, more) from error
+                    raise _unwritable(self._file.path, error, [line] if line else ()) from error
                 if self.closed:
                     self.disown()
-                self.ledger.add(accepted=len(more), delivered=len(waited) + len(more), pending=-len(waited))
         finally:
             _WRITES.now = False
-            _write_postponed()
+            if _POSTPONED:
+                _write_postponed()
 
-    def _path_now(self) -> str:
-        now = self.clock()
-        if now // 900 != self._quarter:
-            self._path = os.path.join(self._directory, time.strftime(self._pattern, time.localtime(now)))
-            self._quarter = int(now // 900)
-        return self._path
+    def _note_line(self) -> None:
+        """Note that a line is written. Not in the ledger, which costs more than all else here: we hold the lock."""
+        self._written += 1
+
+    def _note_lines(self, waited: int, line: bytes) -> None:
+        """Note that *waited* lines of the buffer are written, and *line* if there is one."""
+        del self._buffer[:waited]
+        self.ledger.add(_settled(waited, None))
+        if line:
+            self._note_line()
+
+    def _turn_to(self, now: float) -> None:
+        """Turn to the file of the hour or day."""
+        path = os.path.join(self._directory, time.strftime(self._pattern, time.localtime(now)))
+        if self._file.path != path:
+            self.disown()
+            self._file = _SharedFile(path)
+        self._since = now // 900 * 900
+        self._until = self._since + 900
 
 
 class _Writes(threading.local):
     now = False  # whether this thread is inside a write
-    postponed: "Tuple[_LogFile, ...]" = ()  # what it is to flush when that write is over
 
 
 _WRITES = _Writes()
+_POSTPONED: "Deque[_LogFile]" = collections.deque()  # to be flushed by whoever ends a write next
 
 
 def _write_postponed() -> None:
-    logs, _WRITES.postponed = _WRITES.postponed, ()
-    for log in logs:
+    while _POSTPONED:
         try:
-            log.flush()
+            _POSTPONED.popleft().flush()
+        except IndexError:  # another thread was faster
+            pass
         except AnalysysPythonSdkFileException as error:
             _log("error", "records wait for the next write: %s", error)
 
@@ -1640,7 +1671,8 @@ class _SharedFile:
 
     def _lock(self, patience: float) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
-        for _ in range(100):
+        attempts = 0
+        while attempts < 100:
             if self._fd < 0:
                 self._fd = _open_lines(self.path, self._mode)
                 opened = os.fstat(self._fd)
@@ -1653,6 +1685,7 @@ class _SharedFile:
             except FileNotFoundError:
                 pass
             self.close()
+            attempts += 1
         raise OSError(errno.EBUSY, "renamed or deleted again and again")
 
 
@@ -1694,11 +1727,11 @@ def _read_at(fd: int, offset: int, size: int) -> bytes:
 
 def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
     """Lock an open file against other processes, waiting for them *patience* seconds; raise OSError if that fails."""
-    deadline, pause = 0.0, 0.0005
+    deadline = pause = 0.0
     while True:
         try:
             if fcntl is not None:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, _LOCK_NOW)
             elif msvcrt is not None:
                 os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
                 msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
@@ -1710,7 +1743,7 @@ def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
             if time.monotonic() >= deadline:
                 raise OSError(error.errno, "another process has held its lock for %.0f s" % patience) from None
         time.sleep(pause)
-        pause = min(2 * pause, 0.01)
+        pause = min(2 * pause + 0.0005, 0.01)
 
 
 def _unlock_file(fd: int) -> None:
@@ -1891,7 +1924,7 @@ def _lock_forever(fd: int) -> bool:
     """Lock an open file until this process ends or closes it; return whether no other process has it."""
     try:
         if fcntl is not None:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(fd, _LOCK_NOW)
         elif msvcrt is not None:
             os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
@@ -1921,6 +1954,7 @@ class _Spool:
         self._writing = threading.RLock()
         self._fd = -1
         self._number = 0
+        self._end: "Optional[int]" = None  # size of the file, where no exception of a signal handler made it unsure
         self._written = 0  # own records
         self._since = 0.0  # when the oldest waiting record came, or before
         # Guards the files that are read, while a batch is taken or settled. Taken before _writing, never after.
@@ -1939,22 +1973,24 @@ class _Spool:
             if self._closed:
                 raise _closed()
 
-            def note() -> None:
-                self._written += 1
-                self.ledger.add(accepted=1, pending=1)
-
             if self._written == self._taken:
                 self._since = self._clock()
             try:
-                size = self._size()
+                end, self._end = self._end, None
+                size = self._size() if end is None else end
                 if size < 0 or size and size + len(line) > self._roll_size:
                     if not self._roll():
                         return False
                     size = 0
-                _append(self._fd, size, line, note)
+                _append(self._fd, size, line, self._note)
             except OSError as error:
                 raise _unwritable(self._own.path(self._number), error, [line]) from error
+            self._end = size + len(line) if self._end is None else None  # else a call came in between
         return True
+
+    def _note(self) -> None:
+        self._written += 1
+        self.ledger.add(_ACCEPTED)
 
     def take_back(self, line: bytes) -> bool:
         """Undo nothing: what is on disk will be delivered."""
@@ -1976,7 +2012,7 @@ class _Spool:
                 if self._source is self._own:
                     self._taken += len(lines)
                 else:
-                    self.ledger.add(adopted=len(lines), pending=len(lines))
+                    self.ledger.add({"adopted": len(lines), "pending": len(lines)})
                 self._inflight = lines
                 if sound:
                     return len(lines)
@@ -1999,7 +2035,7 @@ class _Spool:
                 self.refusals.append(error)
             self._source.settle(done[-1])
             self._inflight = self._inflight[number:]
-            self.ledger.add(pending=-number, **{"rejected" if error else "delivered": number})
+            self.ledger.add(_settled(number, error))
             if self._source is self._own:
                 self._settled += number
 
@@ -2148,7 +2184,7 @@ class _Sender:
     def ask(self, lines: "List[bytes]", timeout: float) -> "_Verdict":
         """Send *lines* in one request and say what became of them. Raises nothing. Any thread may call it."""
         text = _array(lines)
-        self._ledger.add(requests=1)
+        self._ledger.add({"requests": 1})
         try:
             verdict = _judge(self._transport.post(_pack(text), timeout))
         except Exception as error:
@@ -2172,7 +2208,7 @@ class _Sender:
             self._parts.clear()
             return
         if self._failures:
-            self._ledger.add(retries=1)
+            self._ledger.add({"retries": 1})
         verdict = self.ask(lines, timeout)
         if verdict.kind == _RETRY:
             self.failed(verdict.reason, verdict.wait)
@@ -2479,7 +2515,9 @@ class _Worker:
     def _run(self) -> None:
         try:
             while not self._ended and not (self._abandoned and self._queue.is_empty()):
-                self._wake_at = self._due_size if self._queue.waiting() else 1
+                self._wake_at = 1
+                if self._queue.waiting():  # then the wait for the next attempt is known
+                    self._wake_at = self._due_size if self._sender.failing_since is None else sys.maxsize
                 wait = self._seconds_to_next()
                 if wait == 0:
                     self._wake_at = sys.maxsize
@@ -2683,14 +2721,12 @@ class _Direct:
     def put(self, line: bytes, urgent: bool) -> None:
         if self.closed:
             raise _closed()
-        self._ledger.add(accepted=1, pending=1)
-        became = "rejected"
+        self._ledger.add(_ACCEPTED)
+        verdict = None
         try:
             verdict = self._sender.ask([line], self._timeout)
-            if verdict.kind == _DELIVERED:
-                became = "delivered"
         finally:
-            self._ledger.add(pending=-1, **{became: 1})
+            self._ledger.add(_settled(1, verdict is None or verdict.kind != _DELIVERED))
         if verdict.kind == _REFUSED:
             raise AnalysysPythonSdkIllegalDataException("refused for good: " + verdict.reason, [_decode(line)])
         if verdict.kind != _DELIVERED:
@@ -3378,7 +3414,7 @@ class _Shipment:
             sound = _sound(lines)
             keep = len(lines) if sound == len(lines) else max(1, sound)  # a damaged line is taken alone
             self._inflight, self._ahead = lines[:keep], lines[keep:]
-            self.ledger.add(accepted=keep, pending=keep)
+            self.ledger.add({"accepted": keep, "pending": keep})
             if sound:
                 if self._options.history:
                     self._inflight = [line._replace(text=_as_history(line.text)) for line in self._inflight]
@@ -3399,7 +3435,7 @@ class _Shipment:
         if self._path != "-":
             self._checkpoint.note(self._entry, os.path.basename(self._path), self._head, done[-1])
         self._inflight = self._inflight[number:]
-        self.ledger.add(pending=-number, **{"rejected" if error else "delivered": number})
+        self.ledger.add(_settled(number, error))
 
     def is_empty(self) -> bool:
         return self._file is None and not self._waiting and not self._inflight
