@@ -875,10 +875,10 @@ def _members(
                 text = _quote(value)
             elif kind is bool:
                 text = "true" if value else "false"
-            elif kind is int and -_MAX_INTEGER <= value <= _MAX_INTEGER:
+            elif kind is int and value.bit_length() < 64:
                 text = str(value)
             elif kind is list:
-                text = "[%s]" % ",".join(map(_quote, _items(value)))
+                text = "[" + ",".join(map(_quote, _items(value))) + "]"
             else:
                 text = _encode(_value_rule(value).plain(value))
             texts.append(text)
