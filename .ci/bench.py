@@ -425,15 +425,15 @@ def curve(what, labels, costs, said, met):
 
 def properties_curve():
     values = [value for number in range(50) for value in event(number)[1].values()]
-    tracker = make_tracker(keeper(id))  # a queue of 2,000 x 100 properties would measure the memory
 
     def cost(size):
         given = [("user-%d" % n, {"p%d" % p: values[(n + p) % 250] for p in range(size)}) for n in range(2000)]
-        return calls(tracker, given).cpu
+        with held() as tracker:
+            return calls(tracker, given).cpu
 
-    few, some, many = costs = in_rounds(9, cost, [5, 20, 100])
+    few, some, many = costs = in_rounds(7, cost, [5, 20, 100])
     said = "linear, the slope from 20 on is %.2f times that up to 20" % ((many - some) / 80 / ((some - few) / 15))
-    return [curve("properties, CPU a call, no queue", [5, 20, 100], costs, said, many <= 5 * some)]
+    return [curve("properties, CPU a call", [5, 20, 100], costs, said, many <= 5 * some)]
 
 
 def threads_curve():
