@@ -114,7 +114,8 @@ _MAX_INTEGER = 2**63 - 1  # 64 bits signed: C4
 _NAME = re.compile(r"\$?[A-Za-z][A-Za-z0-9_]*")  # 3.2
 _FIRST_MS, _LAST_MS = 10**12, 10**13 - 1  # Unix milliseconds of 13 digits: 3.2
 
-_MAX_FRAMES = 1000  # kept encoded of a tracker; an application has a few dozen: event names x platforms
+_MAX_FRAMES = 4 * 1024 * 1024  # bytes kept encoded of a tracker: some thousand pairs of event name and platform
+_FRAME_OVERHEAD = 500  # bytes that a frame takes beside its text
 
 _LIB = "python"
 _PLATFORMS = {"ios": "iOS", "android": "Android", "js": "JS", "wechat": "WeChat", "": _LIB}  # in any case: C3
@@ -459,11 +460,11 @@ class AnalysysPythonSdk:
                 return
             if settings.debug:
                 _log("info", "record %s", line.decode("utf-8").rstrip())
-            collecter = self._collecter
-            if getattr(collecter.uploadData, "__func__", None) is _Collecter.uploadData:
-                collecter._put(line, kind is _ALIASED)
-            else:  # one of somebody else's, or with a method of its own
-                collecter.uploadData(_decode(line))
+            upload = self._collecter.uploadData
+            if getattr(upload, "__func__", None) is _Collecter.uploadData:
+                _Collecter._put(upload.__self__, line, kind is _ALIASED)
+            else:  # somebody else's, or a method of their own
+                upload(_decode(line))
         except Exception as error:
             if self._on_error is None:
                 raise
@@ -502,7 +503,7 @@ class _Settings:
         self.supers = supers
         self.folded = {name.lower(): name for name in supers}
         self.names = frozenset(self.folded)
-        self.frames: "Dict[Tuple[Any, ...], _Frame]" = {}  # by the arguments of _frame()
+        self.frames: "Dict[Tuple[Any, ...], Tuple[bytes, bytes, bytes]]" = {}  # by the arguments of _frame()
 
     def __reduce__(self) -> "Any":
         return _Settings, (self.app_id, self.debug, self.supers)
@@ -515,10 +516,7 @@ class _Settings:
         return self.folded.get(_check("super_properties_key", name).lower())
 
 
-_NONE: "FrozenSet[str]" = frozenset()
-
-# A record in three pieces of JSON, between which stand its id, its time and its own properties.
-_Frame = collections.namedtuple("_Frame", "head middle tail")
+_NO_NAMES: "FrozenSet[str]" = frozenset()
 
 
 def _call_line(
@@ -536,18 +534,19 @@ def _call_line(
     if settings.app_id is None:
         raise AnalysysPythonSdkIllegalDataException("appid is not set: setAppId() must come before any tracking call")
     who = _id_text(kind.xwho, xwho)
+    if kind is _TRACK and type(xwhat) is not str:
+        xwhat = _check("event_name", xwhat)
+    if type(data_platform) is not str:
+        data_platform = _check("data_platform", data_platform)
     if is_login is not True and is_login is not False:
         is_login = _check("is_login", is_login)
     if kind is _UNSET:
         own, names = _unset_members(kind.properties, properties)
     else:
         own, names = _members(kind.properties, properties, kind.only)
-    replaced = _NONE if names.isdisjoint(settings.names) else names & settings.names
-    shape = (kind, xwhat, data_platform, is_login, replaced)
-    try:
-        head, middle, tail = settings.frames[shape]
-    except Exception:  # there is none, or what a hostile argument raises
-        head, middle, tail = _frame(settings, *shape)
+    replaced = _NO_NAMES if names.isdisjoint(settings.names) else names & settings.names
+    shape = (kind, xwhat, data_platform, is_login, replaced)  # by their exact types, so that equal ones are the same
+    head, middle, tail = settings.frames.get(shape) or _frame(settings, *shape)
     if kind is _ALIASED:
         own += (b"," if own else b"") + b'"$original_id":' + _id_text("distinct_id", original_id)
     elif not own:
@@ -561,26 +560,27 @@ def _frame(
     settings: _Settings,
     kind: "_Kind",
     xwhat: "Optional[str]",
-    data_platform: "Optional[str]",
+    data_platform: str,
     is_login: bool,
     replaced: "FrozenSet[str]",
-) -> "_Frame":
-    """Return what the records of such calls have in common; *replaced* are the super properties that they replace."""
+) -> "Tuple[bytes, bytes, bytes]":
+    """Return what the records of such calls have in common, and keep it in *settings*.
+
+    It is in three pieces, between which stand id, time and own properties; *replaced* are the super properties, in
+    lower case, that the own ones replace.
+    """
     supers = settings.supers.items() if kind is _TRACK else ()
     context = {name: value for name, value in supers if name.lower() not in replaced}
     context["$lib"], context["$lib_version"] = _LIB, __version__
     context["$platform"] = _check("data_platform", data_platform)
     context["$is_login"], context["$debug"] = is_login or kind is _ALIASED, settings.debug
-    parts = (
-        '{"appid":%s,"xwho":' % _encode(settings.app_id),
-        ',"xwhat":%s,"xwhen":' % _encode(kind.xwhat or _check("event_name", xwhat)),
-        ",%s}\n" % _encode(context)[1:],
-    )
-    frame = _Frame(*[part.encode("utf-8") for part in parts])
-    if type(xwhat) in (str, type(None)) and type(data_platform) in (str, type(None)):
-        if len(settings.frames) >= _MAX_FRAMES:
-            settings.frames.clear()
-        settings.frames[kind, xwhat, data_platform, is_login, replaced] = frame
+    head = '{"appid":%s,"xwho":' % _encode(settings.app_id)
+    middle = ',"xwhat":%s,"xwhen":' % _encode(kind.xwhat or _check("event_name", xwhat))
+    tail = ",%s}\n" % _encode(context)[1:]
+    frame = head.encode("utf-8"), middle.encode("utf-8"), tail.encode("utf-8")
+    if (len(settings.frames) + 1) * (sum(map(len, frame)) + _FRAME_OVERHEAD) > _MAX_FRAMES:
+        settings.frames.clear()
+    settings.frames[kind, xwhat, data_platform, is_login, replaced] = frame
     return frame
 
 
@@ -864,7 +864,7 @@ def _members(
     if type(given) is dict:
         own = given.copy()
     elif given is None:
-        return b"", _NONE
+        return b"", _NO_NAMES
     elif issubclass(type(given), dict):  # whatever it says of its class
         own = dict(dict.items(given))
     else:
@@ -889,13 +889,13 @@ def _members(
                 text = _encode(_value_rule(value).plain(value))
             texts.append(text)
     except Exception:
-        raise _illegal("%s[%r]" % (argument, name), value, _value_rule(value).text) from None
-    if len(texts) < len(own):
+        raise _illegal("%s[%s]" % (argument, _shown(name)), value, _value_rule(value).text) from None
+    if len(texts) < len(own):  # it stopped at a name that is no plain str
         return _members(argument, _with_plain_names(argument, own), only, most)
     if only is not None:
         for name, value in own.items():
             if _value_rule(value) is not _RULES[only]:
-                raise _illegal("%s[%r]" % (argument, name), value, _RULES[only].text)
+                raise _illegal("%s[%s]" % (argument, _shown(name)), value, _RULES[only].text)
     try:
         form, names = _known_names(tuple(own))
     except ValueError:
@@ -904,8 +904,8 @@ def _members(
         return (form % tuple(texts)).encode(), names
     except UnicodeEncodeError:
         for name, value in own.items():
-            _value_rule(value).check("%s[%r]" % (argument, name), value)
-        raise
+            _value_rule(value).check("%s[%s]" % (argument, _shown(name)), value)
+        raise _illegal(argument, own, _RULES["str"].text) from None  # a list that was mended meanwhile
 
 
 def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
@@ -919,7 +919,7 @@ def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
 def _unset_members(argument: str, given: "Any") -> "Tuple[bytes, FrozenSet[str]]":
     """Check names of properties; return what unsets them as _members() does."""
     if given is None:
-        return b"", _NONE
+        return b"", _NO_NAMES
     kinds: "Any" = [kind for kind in (list, tuple, set, frozenset) if issubclass(type(given), kind)]
     if not kinds:
         raise _illegal(argument, given, "must be a list, tuple or set of property names")
@@ -1532,14 +1532,14 @@ class _LogFile:
         self.ledger.add(_ACCEPTED)
         self._buffer.append(line)
         if is_due:
-            _POSTPONED.append(self)
+            _WRITES.postponed += (self,)
         if self.closed:  # by another thread, while we were here
             self.close()
 
     def flush(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, or raise and keep it."""
         if self._buffer and _WRITES.now:
-            _POSTPONED.append(self)
+            _WRITES.postponed += (self,)
         elif self._buffer:
             self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
 
@@ -1601,7 +1601,7 @@ class _LogFile:
                     self.disown()
         finally:
             _WRITES.now = False
-            if _POSTPONED:
+            if _WRITES.postponed:
                 _write_postponed()
 
     def _note_line(self) -> None:
@@ -1627,18 +1627,18 @@ class _LogFile:
 
 class _Writes(threading.local):
     now = False  # whether this thread is inside a write
+    postponed: "Tuple[_LogFile, ...]" = ()  # what it is to flush when that write is over
 
 
 _WRITES = _Writes()
-_POSTPONED: "Deque[_LogFile]" = collections.deque()  # to be flushed by whoever ends a write next
 
 
 def _write_postponed() -> None:
-    while _POSTPONED:
+    logs, _WRITES.postponed = _WRITES.postponed, ()
+    for log in logs:
         try:
-            _POSTPONED.popleft().flush()
-        except IndexError:  # another thread was faster
-            pass
+            if log.pid == os.getpid():  # else we were forked inside that write
+                log.flush()
         except AnalysysPythonSdkFileException as error:
             _log("error", "records wait for the next write: %s", error)
 
@@ -1676,24 +1676,23 @@ class _SharedFile:
         if fd >= 0:
             os.close(fd)
 
-    def _lock(self, patience: float) -> int:
+    def _lock(self, patience: float, attempts: int = 100) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
-        attempts = 0
-        while attempts < 100:
-            if self._fd < 0:
-                self._fd = _open_lines(self.path, self._mode)
-                opened = os.fstat(self._fd)
-                self._identity, self._end = (opened.st_dev, opened.st_ino), 0
-            _lock_file(self._fd, patience)
-            try:
-                now = os.stat(self.path)
-                if (now.st_dev, now.st_ino) == self._identity:
-                    return now.st_size
-            except FileNotFoundError:
-                pass
-            self.close()
-            attempts += 1
-        raise OSError(errno.EBUSY, "renamed or deleted again and again")
+        if self._fd < 0:
+            self._fd = _open_lines(self.path, self._mode)
+            opened = os.fstat(self._fd)
+            self._identity, self._end = (opened.st_dev, opened.st_ino), 0
+        _lock_file(self._fd, patience)
+        try:
+            now = os.stat(self.path)
+            if (now.st_dev, now.st_ino) == self._identity:
+                return now.st_size
+        except FileNotFoundError:
+            pass
+        self.close()
+        if not attempts:
+            raise OSError(errno.EBUSY, "renamed or deleted again and again")
+        return self._lock(patience, attempts - 1)
 
 
 def _open_lines(path: str, mode: int) -> int:
@@ -1979,7 +1978,6 @@ class _Spool:
         with self._writing:
             if self._closed:
                 raise _closed()
-
             if self._written == self._taken:
                 self._since = self._clock()
             try:
@@ -1992,7 +1990,10 @@ class _Spool:
                 _append(self._fd, size, line, self._note)
             except OSError as error:
                 raise _unwritable(self._own.path(self._number), error, [line]) from error
-            self._end = size + len(line) if self._end is None else None  # else a call came in between
+            if self._end is None:
+                self._end = size + len(line)
+            else:  # a call came in between, from a signal handler or __del__
+                self._end = None
         return True
 
     def _note(self) -> None:
@@ -2522,9 +2523,10 @@ class _Worker:
     def _run(self) -> None:
         try:
             while not self._ended and not (self._abandoned and self._queue.is_empty()):
-                self._wake_at = 1
-                if self._queue.waiting():  # then the wait for the next attempt is known
-                    self._wake_at = self._due_size if self._sender.failing_since is None else sys.maxsize
+                if self._queue.is_due(self._due_size):  # then it is a back-off that is waited for
+                    self._wake_at = sys.maxsize
+                else:
+                    self._wake_at = self._due_size if self._queue.waiting() else 1
                 wait = self._seconds_to_next()
                 if wait == 0:
                     self._wake_at = sys.maxsize
@@ -2607,7 +2609,7 @@ class _Collecter:
         _notice_forks(self)
 
     def uploadData(self, record: "Record") -> None:
-        """Take one record; what that means is the collecter's to say. The record is the collecter's from then on."""
+        """Take a copy of one record; what that means is the collecter's to say."""
         try:
             line, urgent = _line(record), record["xwhat"] == _ALIAS
         except Exception as error:
@@ -2874,7 +2876,7 @@ def _notice_forks(collecter: "_Collecter") -> None:
 
 # The number of this process: asking the system costs as much as half a check of a call. It holds while _FORKS is empty.
 _PID = 0
-_FORKS: "List[None]" = [None]  # an item for each fork under way; one for ever where they cannot be noticed
+_FORKS: "List[None]" = [None]  # an item for each fork under way, in atomic steps; one for ever where none is noticed
 
 
 @functools.lru_cache(None)  # once

@@ -989,6 +989,14 @@ def test_a_collecter_with_an_upload_data_of_its_own_gets_each_record_and_may_cha
                                   record("u", "plain")]
 
 
+def test_a_collecter_may_be_made_of_the_methods_of_another():
+    with Server() as server:
+        inner = BatchCollecter(server.url)
+        with Tracker(types.SimpleNamespace(uploadData=inner.uploadData, flush=inner.flush, close=inner.close)) as sdk:
+            sdk.track("u", "Event")
+        assert server.records == [record("u", "Event")] and stats(inner)["delivered"] == 1
+
+
 @each_collecter
 @table("bad", [{"xwhat": "e", "n": float("nan")}, {"xwhat": "e", "n": {1}}, {"xwhat": "e", "n": "\ud83d"}, {}, None, b"{}"])
 def test_a_record_given_by_hand_that_is_no_json_raises_and_is_not_counted(tmp_path, kind, bad):
@@ -1147,6 +1155,35 @@ def test_what_equals_a_good_argument_is_not_taken_for_it(value):
     with pytest.raises(IllegalData):
         sdk.track("u", "Event", {"n": 1}, "js", value)
     assert len(sdk.sink.records) == 2
+
+
+class Folding(str):
+    """A str that equals another whatever the case, as an application may have for header names."""
+
+    def __hash__(self):
+        return hash(str.lower(self))
+
+    def __eq__(self, other):
+        return str.lower(self) == str.lower(other)
+
+
+class Pretender:
+    def __hash__(self):
+        return hash("buy")
+
+    def __eq__(self, other):
+        return other == "buy"
+
+
+def test_what_equals_an_earlier_argument_is_sent_and_checked_for_what_it_is():
+    sdk = Tracker()
+    sdk.track("u", "buy", {"n": 1}, "python")
+    sdk.track("u", Folding("BUY"), {Folding("N"): 1}, Folding("Python"))
+    for bad in Pretender(), Folding("bu y"):
+        for arguments in ("u", bad), ("u", "buy", {bad: 1}), ("u", "buy", None, Pretender()):
+            with pytest.raises(IllegalData):
+                sdk.track(*arguments)
+    assert sdk.sink.records == [record("u", "buy", {"n": 1}), record("u", "BUY", {"N": 1}, "Python")]
 
 
 def test_an_alias_is_always_a_login():
@@ -1426,7 +1463,7 @@ HUGE = "x" * 10 ** 7
     ("distinct_id xxxxx", ("track", HUGE, "E")), ("event_name xxxxx", ("track", "u", HUGE)),
     ("event_properties", ("track", "u", "E", HUGE)), ("event_properties xxxxx", ("track", "u", "E", {HUGE: 1})),
     ("city xxxxx 255", ("track", "u", "E", {"city": HUGE})), ("city 255", ("track", "u", "E", {"city": [HUGE]})),
-    ("city", ("track", "u", "E", {"city": {HUGE: 1}})), ("city", ("track", "u", "E", {"city": 10 ** 10 ** 5})),
+    ("xxxxx None", ("track", "u", "E", {HUGE: None})), ("city", ("track", "u", "E", {"city": {HUGE: 1}})), ("city", ("track", "u", "E", {"city": 10 ** 10 ** 5})),
     ("data_platform", ("profile_delete", "u", [HUGE])), ("is_login xxxxx", ("profile_delete", "u", "", HUGE)),
     ("xwhen xxxxx", ("profile_delete", "u", "", True, HUGE)),
     ("xwhen", ("profile_delete", "u", "", True, 10 ** 10 ** 5)),
@@ -3584,6 +3621,49 @@ def test_what_a_fork_hook_that_is_older_than_ours_tracks_is_sent_once(kind, tmp_
         if hasattr(os, "register_at_fork"):
             names += ["before", "after_in_parent", "after_in_child"]
         assert sorted(server.names + lines_in(tmp_path)) == sorted(names)
+
+
+@posix_only
+def test_a_fork_while_a_call_inside_a_write_waits_for_its_end_hangs_nobody(tmp_path):
+    script_ends("""
+        import fcntl, glob
+        collecter = LogCollecter(folder)
+        collecter.uploadData(event("first"))
+        held = os.open(glob.glob(os.path.join(folder, "*.log"))[0], os.O_RDWR)
+        fcntl.flock(held, fcntl.LOCK_EX)               # as another process would
+        nested, statuses = threading.Event(), []
+
+        def track(*_):
+            collecter.uploadData(event("inner"))
+            nested.set()
+        signal.signal(signal.SIGALRM, track)
+
+        def work():
+            collecter.uploadData(event("child"))
+            collecter.flush()
+
+        def forker():
+            nested.wait()
+            pid = os.fork()
+            if not pid:
+                signal.alarm(0)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(10)                       # ends the child if it hangs
+                fcntl.flock(held, fcntl.LOCK_UN)
+                try:
+                    work()
+                finally:
+                    os._exit(0)
+            statuses.append(os.waitpid(pid, 0)[1])
+        thread = threading.Thread(target=forker)
+        thread.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        collecter.uploadData(event("outer"))
+        thread.join()
+        assert statuses == [0], statuses
+    """, tmp_path)
+    names, = files_in(tmp_path).values()
+    assert sorted(names) == ["child", "first", "inner", "outer"]
 
 
 @posix_only
