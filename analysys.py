@@ -47,6 +47,7 @@ import copy
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -1960,7 +1961,8 @@ class _Spool:
         self._writing = threading.RLock()
         self._fd = -1
         self._number = 0
-        self._end: "Optional[int]" = None  # size of the file, where no exception of a signal handler made it unsure
+        self._turns = itertools.count(1)  # one a call
+        self._end = (-1, 0)  # the turn of the last call that came to its end, and the size of the file then
         self._written = 0  # own records
         self._since = 0.0  # when the oldest waiting record came, or before
         # Guards the files that are read, while a batch is taken or settled. Taken before _writing, never after.
@@ -1981,8 +1983,10 @@ class _Spool:
             if self._written == self._taken:
                 self._since = self._clock()
             try:
-                end, self._end = self._end, None
-                size = self._size() if end is None else end
+                turn = next(self._turns)
+                last, size = self._end
+                if last != turn - 1:  # a call was interrupted, by another one or an exception
+                    size = self._size()
                 if size < 0 or size and size + len(line) > self._roll_size:
                     if not self._roll():
                         return False
@@ -1990,10 +1994,7 @@ class _Spool:
                 _append(self._fd, size, line, self._note)
             except OSError as error:
                 raise _unwritable(self._own.path(self._number), error, [line]) from error
-            if self._end is None:
-                self._end = size + len(line)
-            else:  # a call came in between, from a signal handler or __del__
-                self._end = None
+            self._end = turn, size + len(line)
         return True
 
     def _note(self) -> None:

@@ -1113,7 +1113,8 @@ def test_a_record_is_the_same_whether_its_like_was_made_before_or_not():
         return {name: chance.choice(values) for name in names if chance.random() < 0.4}
 
     def calls():
-        who, platform, login = chance.choice("uvw"), chance.choice([None, "", "js", "JS", "自定义"]), chance.random() < 0.5
+        who, platform = chance.choice("uvw"), chance.choice([None, "", "js", "JS", "自定义"])
+        login = chance.random() < 0.5
         name = chance.choice(["Event", "$profile_set"])
         yield lambda sdk: sdk.track(who, name, some_properties, platform, login)
         yield lambda sdk: sdk.alias(who, "d", platform, some_properties, login)
@@ -1463,7 +1464,8 @@ HUGE = "x" * 10 ** 7
     ("distinct_id xxxxx", ("track", HUGE, "E")), ("event_name xxxxx", ("track", "u", HUGE)),
     ("event_properties", ("track", "u", "E", HUGE)), ("event_properties xxxxx", ("track", "u", "E", {HUGE: 1})),
     ("city xxxxx 255", ("track", "u", "E", {"city": HUGE})), ("city 255", ("track", "u", "E", {"city": [HUGE]})),
-    ("xxxxx None", ("track", "u", "E", {HUGE: None})), ("city", ("track", "u", "E", {"city": {HUGE: 1}})), ("city", ("track", "u", "E", {"city": 10 ** 10 ** 5})),
+    ("xxxxx None", ("track", "u", "E", {HUGE: None})),
+    ("city", ("track", "u", "E", {"city": {HUGE: 1}})), ("city", ("track", "u", "E", {"city": 10 ** 10 ** 5})),
     ("data_platform", ("profile_delete", "u", [HUGE])), ("is_login xxxxx", ("profile_delete", "u", "", HUGE)),
     ("xwhen xxxxx", ("profile_delete", "u", "", True, HUGE)),
     ("xwhen", ("profile_delete", "u", "", True, 10 ** 10 ** 5)),
