@@ -563,7 +563,7 @@ def main():
     names = [row.__name__ for row in ROWS]
     parser = argparse.ArgumentParser(description="Measures analysys.py; the head of this file says how.")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--records", type=int, default=300000, help="how many to upload (default: %(default)s)")
+    parser.add_argument("--records", type=int, default=1000000, help="how many to upload (default: %(default)s)")
     parser.add_argument("--only", metavar="ROW", nargs="+", choices=names, default=names, help=", ".join(names))
     parser.add_argument("--child", help=argparse.SUPPRESS)  # JSON: what a process of the bench is to do
     given = parser.parse_args()
