@@ -861,17 +861,36 @@ def _members(
 
     *only* is the one rule that every value must fall under.
     """
-    # A copy in one step: another thread may change it while we look. Of a subclass, what it holds, not what it says.
-    if type(given) is dict:
-        own = given.copy()
-    elif given is None:
+    if given is None:
         return b"", _NO_NAMES
-    elif issubclass(type(given), dict):  # whatever it says of its class
-        own = dict(dict.items(given))
-    else:
-        raise _illegal(argument, given, "must be a dict or None")
+    # A copy in one step: another thread may change it while we look.
+    own = given.copy() if type(given) is dict else _plain_dict(argument, given)
     if len(own) > most:
         raise _illegal("the number of " + argument, len(own), "must be at most %d" % most)
+    texts = _texts(argument, own)
+    if len(texts) < len(own):
+        return _members(argument, _with_plain_names(argument, own), only, most)
+    if only is not None:
+        for name, value in own.items():
+            if _value_rule(value) is not _RULES[only]:
+                raise _illegal("%s[%s]" % (argument, _shown(name)), value, _RULES[only].text)
+    try:
+        form, names = _known_names(tuple(own))
+    except ValueError:
+        raise _same_names(argument, [_check("a name in " + argument, name, "name") for name in own]) from None
+    try:
+        return (form % tuple(texts)).encode(), names
+    except UnicodeEncodeError:
+        for name, value in own.items():
+            _value_rule(value).check("%s[%s]" % (argument, _shown(name)), value)
+        raise _illegal(argument, own, _RULES["str"].text) from None  # a list that was mended meanwhile
+
+
+def _texts(argument: str, own: "Dict[str, Any]") -> "List[str]":
+    """Check the values of properties, but for lone surrogates, and return the JSON of each.
+
+    It stops at a name that is no plain str.
+    """
     texts: "List[str]" = []
     try:
         for name, value in own.items():  # the usual kinds in line: a call costs as much as all the rest of a check
@@ -891,22 +910,14 @@ def _members(
             texts.append(text)
     except Exception:
         raise _illegal("%s[%s]" % (argument, _shown(name)), value, _value_rule(value).text) from None
-    if len(texts) < len(own):  # it stopped at a name that is no plain str
-        return _members(argument, _with_plain_names(argument, own), only, most)
-    if only is not None:
-        for name, value in own.items():
-            if _value_rule(value) is not _RULES[only]:
-                raise _illegal("%s[%s]" % (argument, _shown(name)), value, _RULES[only].text)
-    try:
-        form, names = _known_names(tuple(own))
-    except ValueError:
-        raise _same_names(argument, [_check("a name in " + argument, name, "name") for name in own]) from None
-    try:
-        return (form % tuple(texts)).encode(), names
-    except UnicodeEncodeError:
-        for name, value in own.items():
-            _value_rule(value).check("%s[%s]" % (argument, _shown(name)), value)
-        raise _illegal(argument, own, _RULES["str"].text) from None  # a list that was mended meanwhile
+    return texts
+
+
+def _plain_dict(argument: str, given: "Any") -> "Record":
+    """Return properties as a dict: what they hold, not what they say."""
+    if not issubclass(type(given), dict):  # whatever it says of its class
+        raise _illegal(argument, given, "must be a dict or None")
+    return dict(dict.items(given))
 
 
 def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
@@ -1532,7 +1543,8 @@ class _LogFile:
             return
         self.ledger.add(_ACCEPTED)
         self._buffer.append(line)
-        if is_due:
+        if is_due:  # inside a write: at its end, or at exit if that fails
+            _register(self)
             _WRITES.postponed += (self,)
         if self.closed:  # by another thread, while we were here
             self.close()
