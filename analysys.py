@@ -630,15 +630,6 @@ def _known_names(names: "Tuple[str, ...]") -> "Tuple[str, FrozenSet[str]]":
     return ",".join(['"%s":%%s' % name for name in names]), folded
 
 
-@functools.lru_cache(1024)
-def _known_event_name(plain: str) -> str:
-    return _name(plain)
-
-
-def _event_name(value: "Any") -> str:
-    return _known_event_name(value) if type(value) is str else _name(value)
-
-
 def _string(value: "Any") -> str:
     return _text(value, 0, _MAX_STRING)
 
@@ -658,8 +649,6 @@ def _integer(value: int, least: int = -_MAX_INTEGER - 1, most: int = _MAX_INTEGE
 
 
 def _number(value: "Any") -> "Union[int, float]":
-    if type(value) is int and -_MAX_INTEGER <= value <= _MAX_INTEGER:
-        return value
     if isinstance(value, bool):
         raise ValueError
     if isinstance(value, int):
@@ -700,8 +689,6 @@ def _moment(value: "Any") -> str:
 
 
 def _platform(value: "Any") -> str:
-    if type(value) is str and (value in _PLATFORMS or value == _LIB):
-        return _PLATFORMS.get(value, _LIB)
     plain = _text("" if value is None else value, 0, float("inf"))
     return _PLATFORMS.get(plain.lower(), plain)
 
@@ -774,7 +761,7 @@ _RULES = {
     "appid": _Rule("must be a str of 1 to 255 characters", lambda v: _text(v, 1, _MAX_APP_ID)),
     "distinct_id": _Rule("must be a str of 1 to 254 characters", _id),
     "alias_id": _Rule("must be a str of 1 to 254 characters", _id),
-    "event_name": _Rule("must be a str of " + _NAME_TEXT, _event_name),
+    "event_name": _Rule("must be a str of " + _NAME_TEXT, _name),
     "data_platform": _Rule("must be a str or None", _platform),
     "is_login": _Rule("must be a bool", lambda v: _exactly(v, True, False)),
     "xwhen": _Rule("must be an int of 13 digits (Unix milliseconds) or a datetime of 2001 to 2286", _when),
