@@ -40,6 +40,7 @@ import textwrap
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import urllib.request
 import zipfile
@@ -1156,6 +1157,20 @@ def test_what_equals_a_good_argument_is_not_taken_for_it(value):
     with pytest.raises(IllegalData):
         sdk.track("u", "Event", {"n": 1}, "js", value)
     assert len(sdk.sink.records) == 2
+
+
+def test_what_is_kept_of_large_super_properties_is_bounded():
+    collecter = types.SimpleNamespace(uploadData=len, flush=len, close=len)
+    sdk = AnalysysPythonSdk(collecter)
+    sdk.setAppId("app")
+    sdk.registerSuperProperties({"p%d" % number: "易" * 255 for number in range(100)})
+    tracemalloc.start()
+    try:
+        for number in range(300):                      # 76 KB of text each
+            sdk.track("u", "e%d" % number)
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
 
 
 class Folding(str):
@@ -3626,7 +3641,7 @@ def test_what_a_fork_hook_that_is_older_than_ours_tracks_is_sent_once(kind, tmp_
 
 
 @posix_only
-def test_a_fork_while_a_call_inside_a_write_waits_for_its_end_hangs_nobody(tmp_path):
+def test_a_call_that_waits_for_the_end_of_the_write_around_it_hangs_no_fork_and_no_other_thread(tmp_path):
     script_ends("""
         import fcntl, glob
         collecter = LogCollecter(folder)
@@ -3644,8 +3659,11 @@ def test_a_fork_while_a_call_inside_a_write_waits_for_its_end_hangs_nobody(tmp_p
             collecter.uploadData(event("child"))
             collecter.flush()
 
+        other = LogCollecter(os.path.join(folder, "other"))
+
         def forker():
             nested.wait()
+            other.uploadData(event("elsewhere"))       # before the lock is released, or the outer call raises
             pid = os.fork()
             if not pid:
                 signal.alarm(0)
@@ -3664,6 +3682,7 @@ def test_a_fork_while_a_call_inside_a_write_waits_for_its_end_hangs_nobody(tmp_p
         thread.join()
         assert statuses == [0], statuses
     """, tmp_path)
+    shutil.rmtree(str(tmp_path / "other"))
     names, = files_in(tmp_path).values()
     assert sorted(names) == ["child", "first", "inner", "outer"]
 
