@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the analysys.py authors; the licence's notice stands below the manual.
 """analysys: server-side events for Analysys Ark (易观方舟), in one file with no dependency.
 
-The tracker checks a call and makes one *record* of it; a *collecter* brings the record to the platform:
+An independent implementation, not the vendor's. 独立实现,非官方。
+
+An import defines names and loads light modules of the standard library, no more: no socket, thread, handler, hook or
+file. A *tracker* checks a call and makes one record of it; a *collecter* brings the record to the platform:
 
     from analysys import AnalysysPythonSdk, BatchCollecter
 
@@ -11,35 +15,68 @@ The tracker checks a call and makes one *record* of it; a *collecter* brings the
     tracker.close()
 
 Which collecter
-    ====================================== ============================ =========================================
-    collecter                              a tracking call              what survives
-    ====================================== ============================ =========================================
-    DefaultCollecter(url)                  one HTTP request             returns once the server has the record
-    BatchCollecter(url)                    microseconds, memory queue   a normal exit
-    BatchCollecter(url, spool_path=DIR)    one write to DIR             kill -9, restarts, outages of any length
-    LogCollecter(DIR)                      one write to a shared log    everything; ``upload`` ships the files
-    ====================================== ============================ =========================================
-
-    Any object with ``uploadData(record)``, ``flush(timeout=10)`` and ``close(timeout=10)`` is a collecter too.
+    ====================================== ====================== ===============================================
+    collecter                              a tracking call        what survives
+    ====================================== ====================== ===============================================
+    DefaultCollecter(url)                  one HTTP request       the call returns once the server has the record
+    BatchCollecter(url)                    microseconds, memory   a normal exit
+    BatchCollecter(url, spool_path=DIR)    one write to DIR       kill -9, restarts, outages of any length
+    LogCollecter(DIR)                      one write to a log     all of that; ``upload`` ships the files
+    any object with uploadData(record),    yours                  yours
+    flush(timeout=10), close(timeout=10)
+    ====================================== ====================== ===============================================
 
 Limits
-    app id 255 characters, ids 254, names 99, strings 255, lists 100 items, 100 properties a call and 100 super
-    properties, integers of 64 bits. `_RULES` below is the whole table.
+    ====================================== ======================================================================
+    app id; distinct_id, alias_id          str of 1 to 255; of 1 to 254 characters
+    event name, property name              1 to 99 ASCII letters, digits, "_", a letter first; "$" may precede it
+    properties                             100 in a call; 100 super properties
+    value                                  str, bool, number, list or tuple of str, date, datetime; no None
+    string; list                           255 characters; 100 strings
+    number                                 finite; integers of 64 bits signed
+    queue in memory; spool; whole request  1000 records; 1 GiB; 10 s (arguments of BatchCollecter)
+    ====================================== ======================================================================
 
 Exceptions
-    AnalysysPythonSdkException is the base of AnalysysPythonSdkIllegalDataException (a ValueError: bad arguments, or
-    records the platform refused), AnalysysPythonSdkNetworkException (not delivered) and
-    AnalysysPythonSdkFileException (an OSError: not written). With ``on_error`` given to the tracker, tracking calls
-    raise none of them: they go to ``on_error(exception, record)``.
+    ====================================== ======================================================================
+    AnalysysPythonSdkException             base of the others; itself: the collecter is closed
+    AnalysysPythonSdkIllegalDataException  a ValueError: a bad argument, or records that the platform refused
+    AnalysysPythonSdkNetworkException      not delivered: no server, no answer, no room, no time
+    AnalysysPythonSdkFileException         an OSError: not written
+    ====================================== ======================================================================
+
+    With ``on_error`` given to the tracker, tracking calls raise none of them: ``on_error(exception, record)`` gets
+    them. What BatchCollecter gives up later goes to its own ``on_error(exception, records)``, or to the log.
 
 Threads, forks, exit
-    Everything is safe to use from any number of threads, from signal handlers and from ``__del__``. A forked child
-    starts empty and sends only its own records. A normal exit delivers what waits, within 10 seconds in all.
-    accepted = delivered + rejected + pending, at any moment: see ``stats()``.
+    Everything may be used from any number of threads, from signal handlers and from ``__del__``; in an asyncio event
+    loop a call to BatchCollecter never waits. A forked child starts empty and sends only its own records, whoever
+    forked it. A normal exit delivers what waits, within 10 seconds in all; after SIGTERM by default, SIGKILL and
+    ``os._exit`` a queue in memory is lost, a spool is not. Delivery is at least once. ``stats()``: accepted (+ adopted)
+    = delivered + rejected + pending, at any moment.
+
+Disk and network
+    Each collecter talks to its ``server_url`` alone, by the environment's proxies; certificates are verified and
+    redirects not followed. A spool, a log and ``rejected.log`` hold personal data (0600, logs 0640); so do debug modes
+    1 and 2, and messages about refused values.
 
 Command line
-    ``python3 analysys.py demo`` shows it all on one machine; ``python3 analysys.py`` alone lists the commands.
+    ``python3 analysys.py demo`` shows it all on one machine, ``serve`` what you send, ``check`` why nothing arrives;
+    ``upload`` delivers log files; ``--version`` tells which copy this is. ``Receiver`` is the server for your tests.
 """
+
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+# documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+# rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+# persons to whom the Software is furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+# Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+# WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+# COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+# OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
 import binascii
 import collections
@@ -80,7 +117,8 @@ if TYPE_CHECKING:
     import ssl
     from datetime import datetime
     from types import TracebackType
-    from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Optional, Tuple, Type, Union
+    from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set
+    from typing import Tuple, Type, Union
 
     Record = Dict[str, Any]
     OnError = Optional[Callable[[Exception, Any], Any]]
@@ -112,7 +150,7 @@ _MAX_PROPERTIES = 100  # in one call, and super properties in all: 3.2, C4
 _MAX_STRING = 255  # characters in a value: 3.2
 _MAX_ITEMS = 100  # in a list: 3.4
 _MAX_INTEGER = 2**63 - 1  # 64 bits signed: C4
-_NAME = re.compile(r"\$?[A-Za-z][A-Za-z0-9_]*")  # 3.2
+_NAME = r"\$?[A-Za-z][A-Za-z0-9_]*"  # 3.2
 _FIRST_MS, _LAST_MS = 10**12, 10**13 - 1  # Unix milliseconds of 13 digits: 3.2
 
 _MAX_FRAMES = 4 * 1024 * 1024  # bytes kept encoded of a tracker: some thousand pairs of event name and platform
@@ -131,28 +169,83 @@ _FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 30.0  # seconds between attempts: C5
 _MAX_RETRY_AFTER = 300.0  # seconds that a server may ask us to wait: C5
 _MAX_ANSWER = 64 * 1024  # bytes read of an answer, and decompressed of one: C5
 _MAX_HEADERS = 64 * 1024  # bytes read before the answer's body, beyond those
+_TLS_RECORD = 16 * 1024  # bytes that one send() over TLS takes at most
+_MAX_IDLE = 60.0  # seconds that an idle connection is kept: C5
+_MAX_TOLD = 300  # characters of what a server, a file or a caller wrote, in a message: C5
+_CUT_AFTER = 4  # failures in a row, then a request on which the server chokes is cut, or stands aside alone: C5
+_GIVE_UP_AFTER = 5  # failures after which a record is given up on which alone the server chokes: C5
+_MOST_ASIDE = 1000  # records on which the server chokes, before no more are taken
+_SLOT = 16 * 1024  # bytes of a record that count as one in a memory queue: C6
 _CUT_EVERY = 1.0  # seconds between two back-offs that flush() may cut short: C6
 _WARN_EVERY = 60.0  # seconds between warnings in an outage: C5
 _EXIT_TIMEOUT = 10.0  # seconds at exit, for all collecters together: C6
 _MAX_LINE = 40 * 1024 * 1024  # bytes of a line in a file: no record within the limits has more, so it is damaged
-_CHUNK = 128 * 1024  # bytes read of a spool file at once, unless a line is longer
+_MAX_STRUCTURE = 256 * 1024  # bytes of a line that are not within quotes: a record within the limits has some kilobytes
+_QUOTED = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_CHUNK = 128 * 1024  # bytes read of a file at once
+_MAX_TAKEN = 4 * 1024 * 1024  # bytes of lines taken at once, unless one is longer; C8 allows 8 MiB, and 64 MB in all
+_MAX_HOLES = 100  # ranges of lines that stand aside and are noted
+_SOURCE_COST = 8192  # bytes of lines that can be read in the time that another file takes
+_MOST_ADOPTED = 50  # processes whose files are adopted at once: each takes a descriptor
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_NOTICE_EVERY = 1.0  # seconds between two looks at whether our own spool files are there: C6
+_BARREN = 64  # chunks without any line that are read before somebody may look at signals
+_SHOWN = 4096  # bytes of a damaged line in rejected.log: C6
 _ROLL_SIZE = 16 * 1024 * 1024  # bytes of a spool file: C6
 _LOOK_EVERY = 5.0  # seconds between two looks for files whose owner is gone: C6
-_HASHED = 4096  # bytes at its beginning that a file is known by
-_REMOVED_KEPT = 1000  # entries in a checkpoint of files that upload removed
+_HASHED = 4096  # bytes at its beginning, and before its place, that a file is known by: C8
+_HEAD_SIZES = [1 << power for power in range(12, -1, -1)]  # how many of its first bytes
+_REMOVED_KEPT = 10000  # entries in a checkpoint of files that are not there any more
+_ROOM = 64 * 1024  # bytes that a checkpoint is kept longer than it is
+_SYNC_EVERY = 1.0  # seconds between two fsyncs of a checkpoint: C8
+_FIRST_BATCH = 500  # records in its first requests: C8
+_LONG = 0.03  # seconds; a request that takes longer is followed by larger ones
+_MAX_UNPACKING = 32 * 1024 * 1024  # bytes of memory for xz: its -9 takes twice as much
+_LOOKED_AT = 500  # finished files that are looked at each time, files opened for a batch, and so on
+_MOST_SHAPES = 1000  # of records, and rules that are broken, told apart in a dry run
+_STREAM_WAIT = 0.1  # seconds in one wait for standard input
+_COUNT, _COUNT_STOPPED = 5.0, 0.3  # seconds for counting what remains, undisturbed and after a signal
+_PACKED = (".gz", ".bz2", ".xz")
+_CHECKPOINT_HEAD = b'{"analysys":"checkpoint","version":2}\n'
+_JSON_GAP = r"[ \t\r\n,:]*"
+_MAX_PAIRS = 50000  # of event and property in an inventory: C8
+_SHORT = 40  # characters of an example in it
 _GIVE_UP = 30.0  # seconds that upload bears a failing server, unless it follows
 _FOLLOW_EVERY = 1.0  # seconds between two looks at followed files
-_LOG_FILE = re.compile(r"datas_\d+\.log(\..+)?")  # what LogCollecter writes, and what logrotate and gzip make of it
-_SPOOL_LOCK = re.compile(r"\d{13,}-\d+-[0-9a-f]{8}\.lock")
-_SPOOL_FILE = re.compile(r"\d{13,}-\d+-[0-9a-f]{8}\.\d{6,}\.log")
+_INOTIFY = 0x1000182  # Linux: tell what in a directory is written to, made or renamed
+# What LogCollecter writes, and what logrotate, gzip and people make of it; our own beside it; what may hold records
+_LOG_FILE = r"datas_(\d+)([._-].*)?\.log([._-].*)?"
+_OWN_NAME = r"(rejected\.log|upload\.checkpoint)([._-].*)?"
+_OTHER_NAME = r"\.(log|txt|json|jsonl|ndjson|gz|bz2|xz)\b"
+_LOCK_SIZE = 4000  # bytes that a spool's lock file has at least, for what will be noted in it
+_SPOOL_LOCK = r"\d{13,}-\d+-[0-9a-f]{8}\.lock"
+_SPOOL_FILE = r"\d{13,}-\d+-[0-9a-f]{8}\.\d{6,}\.log"
 _LOCKED_BYTE = 1 << 62  # the byte that Windows locks, far beyond any file's end
 _LOCK_NOW = 0 if fcntl is None else fcntl.LOCK_EX | fcntl.LOCK_NB
-_LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's lock
+_LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's lock,
+_SHORT_LOCK_TIMEOUT = 0.05  # and once that was in vain: C6
 _LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
 _LOGGER = "analysys"
 _GZIP_LEVEL = 3  # of 100 records (48 KB): 7.4 KB in 124 us; level 6: 6.7 KB in 376 us; level 1: 7.6 KB in 112 us
 _ONE_PACKET = 900  # bytes of text that fit into one packet, in base64 and with a request's head: not compressed
 _GZIP = 31  # zlib's number for "gzip, largest window"
+
+
+class _Clock:
+    """Monotonic seconds, and the one way to wait for something; tests bring one with ``advance()``.
+
+    Bound in a class, where test suites that freeze `time` do not find it: a frozen clock would hang what waits.
+    """
+
+    now = staticmethod(time.monotonic)
+
+    @staticmethod
+    def wait(lock: "Any", seconds: float) -> bool:
+        """Acquire *lock* (a threading.Lock) within *seconds*, which may be infinite; return whether that came true."""
+        return bool(lock.acquire(timeout=min(seconds, _LONGEST_WAIT)))
+
+
+_CLOCK = _Clock()
 
 
 ########################################################################################################################
@@ -162,6 +255,8 @@ _GZIP = 31  # zlib's number for "gzip, largest window"
 
 class AnalysysPythonSdkException(Exception):
     """Base of all errors of this module. *records* holds the records that the error is about, maybe none."""
+
+    is_echo = False  # whether it is about what an on_error tracked: then it is logged, and nobody is told
 
     def __init__(self, message: str, records: "Iterable[Any]" = ()) -> None:
         super().__init__(message)
@@ -183,6 +278,8 @@ class AnalysysPythonSdkFileException(AnalysysPythonSdkException, OSError):
 
 
 def _illegal(argument: str, value: object, rule: str) -> AnalysysPythonSdkIllegalDataException:
+    if rule == _RULES["list"].text:
+        argument, value = _bad_item(argument, value)
     error = AnalysysPythonSdkIllegalDataException("%s is %s: it %s" % (argument, _shown(value), rule))
     error.rule = "%s %s" % (argument, rule)
     return error
@@ -193,7 +290,8 @@ def _closed() -> AnalysysPythonSdkException:
 
 
 def _unwritable(path: str, error: BaseException, lines: "Iterable[bytes]" = ()) -> AnalysysPythonSdkFileException:
-    raised = AnalysysPythonSdkFileException("cannot write %s: %s" % (path, error), map(_decode, lines))
+    records = map(_decode, b"".join(lines).splitlines())
+    raised = AnalysysPythonSdkFileException("cannot write %s: %s" % (_printable(path), _printable(error)), records)
     raised.errno = getattr(error, "errno", None)
     return raised
 
@@ -205,9 +303,31 @@ def _shown(value: object) -> str:
     try:
         if isinstance(value, int) and int.bit_length(value) > 128:
             return "an int of %d bits" % int.bit_length(value)
-        return reprlib.repr(value)[:100]
+        shown = reprlib.repr(value)[:100]
+        if type(value) in (str, list, tuple) and len(value) > 30:  # type: ignore[arg-type]
+            shown += " (%d %s)" % (len(value), "characters" if type(value) is str else "items")  # type: ignore[arg-type]
+        return shown
     except Exception:
         return "a %s" % type(value).__name__[:100]
+
+
+def _printable(text: object) -> str:
+    """Return what a server, a file or a caller wrote as it may stand in a log or on a terminal: short, on one line,
+    and without what would steer it (control characters, escape codes, marks that turn the order of letters)."""
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: _MAX_TOLD + 1])
+    return safe if len(safe) <= _MAX_TOLD else safe[: _MAX_TOLD - 3] + "..."
+
+
+def _bad_item(argument: str, value: object) -> "Tuple[str, object]":
+    """Return what is to blame where a list is refused: the first item that is, or the whole."""
+    if type(value) in (list, tuple) and len(value) <= _MAX_ITEMS:  # type: ignore[arg-type]
+        for position, item in enumerate(list(value)):  # type: ignore[call-overload]
+            try:
+                _string(item)
+            except Exception:
+                return "%s[%d]" % (argument, position), item
+    return argument, value
 
 
 def _log(level: str, message: str, *values: object) -> None:
@@ -232,12 +352,27 @@ def _log(level: str, message: str, *values: object) -> None:
 _LOGGING = threading.local()  # .now: whether this thread is logging for us
 
 
+# Which threads are inside an on_error, by process and thread. Its steps are atomic.
+_TELLING: "set[Tuple[int, int]]" = set()
+
+
+class _Echo(bytes):
+    """A line that an on_error tracked. What befalls it is logged, not told: else there might be no end to it."""
+
+
 def _tell(on_error: "OnError", error: Exception, concerned: object) -> None:
-    """Hand *error* to the application's *on_error*; one that raises is logged, no more."""
+    """Hand *error* to the application's *on_error*; one that raises is logged, and so is what fails inside one."""
+    me = os.getpid(), threading.get_ident()
+    if me in _TELLING:
+        _log("error", "inside an on_error: %s", error)
+        return
+    _TELLING.add(me)
     try:
         on_error(error, concerned)  # type: ignore[misc]
     except (Exception, SystemExit) as mishap:  # sys.exit() would end the sending thread without a word
         _log("error", "on_error raised %s: %s, when it was told of: %s", type(mishap).__name__, mishap, error)
+    finally:
+        _TELLING.discard(me)
 
 
 ########################################################################################################################
@@ -269,7 +404,7 @@ class AnalysysPythonSdk:
 
     def __init__(self, collector: "Any", on_error: "OnError" = None) -> None:
         for method in ("uploadData", "flush", "close"):
-            if not callable(getattr(collector, method, None)):
+            if isinstance(collector, type) or not callable(getattr(collector, method, None)):
                 raise _illegal("collector", collector, "must have the methods uploadData, flush and close")
         self._collecter = collector
         self._on_error = _check("on_error", on_error)
@@ -378,9 +513,18 @@ class AnalysysPythonSdk:
         self._call(_DELETE, distinct_id, None, None, data_platform, is_login, xwhen)
 
     def registerSuperProperties(self, super_properties: "Properties") -> None:
-        """Add properties, 100 in all, that every later ``track`` carries; a name replaces itself in any case."""
-        members, names = _members("super_properties", super_properties)
+        """Add properties, 100 in all, that every later ``track`` carries; a name replaces itself in any case.
+
+        A callable without arguments is called for each event, in the thread that tracks it; what it returns is the
+        value, by the same rules.
+        """
+        given = {} if super_properties is None else _plain_dict("super_properties", super_properties)
+        values = {name: "" if _is_call(value) else value for name, value in given.items()}
+        members, names = _members("super_properties", values)
         added = _decode(b"{%s}" % members)
+        for name, value in zip(list(added), given.values()):
+            if _is_call(value):
+                added[name] = _check("super_properties[%s]" % name, value, "call")
         with self._lock():
             kept = {name: value for name, value in self._settings.supers.items() if name.lower() not in names}
             if len(kept) + len(added) > _MAX_PROPERTIES:
@@ -455,8 +599,11 @@ class AnalysysPythonSdk:
         line = None
         try:
             settings = self._settings
-            xwhen = int(self._clock() * 1000) if xwhen is None else _check("xwhen", xwhen)
-            line = _call_line(settings, kind, xwho, xwhat, properties, data_platform, is_login, xwhen, original_id)
+            when = int(self._clock() * 1000) if xwhen is None else _check("xwhen", xwhen)
+            if when < _FIRST_MS or when > _LAST_MS:  # no battery, no NTP yet
+                rule = "is not set, it shows no 13 digits: set it, or give xwhen"
+                raise _illegal("this machine's clock", when, rule)
+            line = _call_line(settings, kind, xwho, xwhat, properties, data_platform, is_login, when, original_id)
             if line is None:
                 return
             if settings.debug:
@@ -467,8 +614,11 @@ class AnalysysPythonSdk:
             else:  # somebody else's, or a method of their own
                 upload(_decode(line))
         except Exception as error:
+            if not isinstance(error, AnalysysPythonSdkException) and (sys is None or sys.is_finalizing()):
+                # A __del__ while modules are torn down: what we need may be gone, and nothing can be imported.
+                error = AnalysysPythonSdkException("not tracked: the interpreter is shutting down")
             if self._on_error is None:
-                raise
+                raise error
             _tell(self._on_error, error, line and _decode(line))
 
 
@@ -502,6 +652,7 @@ class _Settings:
         self.app_id = app_id
         self.debug = debug
         self.supers = supers
+        self.calls = {name: value for name, value in supers.items() if _is_call(value)}
         self.folded = {name.lower(): name for name in supers}
         self.names = frozenset(self.folded)
         self.frames: "Dict[Tuple[Any, ...], Tuple[bytes, bytes, bytes]]" = {}  # by the arguments of _frame()
@@ -518,6 +669,23 @@ class _Settings:
 
 
 _NO_NAMES: "FrozenSet[str]" = frozenset()
+
+
+def _is_call(value: object) -> bool:
+    """Tell whether a super property is asked for at each event: a callable that is no value by itself."""
+    return callable(value) and _value_rule(value) is _RULES["value"]
+
+
+def _called_members(settings: "_Settings", names: "FrozenSet[str]") -> bytes:
+    """Return what the callable super properties say now, as the members of a JSON object, but for those in *names*."""
+    values = {}
+    for name, call in settings.calls.items():
+        if name.lower() not in names:
+            try:
+                values[name] = call()
+            except Exception as error:
+                raise _illegal("super_properties[%s]" % name, call, "must not raise: %s" % _shown(error)) from error
+    return _members("super_properties", values)[0]
 
 
 def _call_line(
@@ -548,6 +716,8 @@ def _call_line(
     replaced = _NO_NAMES if names.isdisjoint(settings.names) else names & settings.names
     shape = (kind, xwhat, data_platform, is_login, replaced)  # by their exact types, so that equal ones are the same
     head, middle, tail = settings.frames.get(shape) or _frame(settings, *shape)
+    if settings.calls and kind is _TRACK:
+        own = b",".join(filter(None, (own, _called_members(settings, names))))
     if kind is _ALIASED:
         own += (b"," if own else b"") + b'"$original_id":' + _id_text("distinct_id", original_id)
     elif not own:
@@ -571,7 +741,7 @@ def _frame(
     lower case, that the own ones replace.
     """
     supers = settings.supers.items() if kind is _TRACK else ()
-    context = {name: value for name, value in supers if name.lower() not in replaced}
+    context = {name: value for name, value in supers if name.lower() not in replaced and name not in settings.calls}
     context["$lib"], context["$lib_version"] = _LIB, __version__
     context["$platform"] = _check("data_platform", data_platform)
     context["$is_login"], context["$debug"] = is_login or kind is _ALIASED, settings.debug
@@ -604,7 +774,7 @@ def _id(value: "Any") -> str:
 
 def _name(value: "Any") -> str:
     plain = _text(value, 1, _MAX_NAME)
-    if not _NAME.fullmatch(plain):
+    if not re.fullmatch(_NAME, plain):
         raise ValueError
     return plain
 
@@ -684,25 +854,45 @@ def _moment(value: "Any") -> str:
     if value != value:  # pandas' NaT is a datetime
         raise ValueError
     if isinstance(value, datetime.datetime):
+        if datetime.datetime.utcoffset(value) is not None:
+            value = datetime.datetime.astimezone(value)  # to local time
         return datetime.datetime.isoformat(value, " ", "seconds")[:19]  # without the time zone
     return datetime.date.isoformat(value)
 
 
 def _platform(value: "Any") -> str:
-    plain = _text("" if value is None else value, 0, float("inf"))
+    plain = _text("" if value is None else value, 0, _MAX_STRING)
     return _PLATFORMS.get(plain.lower(), plain)
 
 
 def _when(value: "Any") -> int:
     if type(value) is not int:
         import datetime
+        import numbers
 
-        if isinstance(value, datetime.datetime):
-            epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-            value = (value.astimezone(datetime.timezone.utc) - epoch) // datetime.timedelta(milliseconds=1)
-        elif isinstance(value, bool):
+        if value != value:  # pandas' NaT is a datetime
             raise ValueError
+        if isinstance(value, datetime.datetime):
+            utc = datetime.datetime.astimezone(value, datetime.timezone.utc)
+            epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+            value = datetime.datetime.__sub__(utc, epoch) // datetime.timedelta(milliseconds=1)
+        elif isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError
+        value = int(value)
     return _integer(value, _FIRST_MS, _LAST_MS)
+
+
+def _call(value: "Any") -> "Any":
+    import inspect
+
+    if isinstance(value, type):
+        raise ValueError
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # written in C, and it does not say
+        return value
+    signature.bind()
+    return value
 
 
 def _no_value(value: object) -> None:
@@ -722,6 +912,15 @@ def _positive(value: "Any") -> float:
     return plain
 
 
+def _patience(value: "Any") -> "Optional[float]":
+    if value is None:
+        return None
+    plain = _number(value)
+    if plain < 0:
+        raise ValueError
+    return plain
+
+
 def _size(value: "Any") -> int:
     if isinstance(value, bool):
         raise ValueError
@@ -730,7 +929,7 @@ def _size(value: "Any") -> int:
 
 def _directory(value: "Any") -> str:
     plain = os.fsdecode(value)
-    if not plain or "\0" in plain:
+    if not plain or b"\0" in os.fsencode(plain):  # which may have no bytes for it
         raise ValueError
     return plain
 
@@ -762,9 +961,9 @@ _RULES = {
     "distinct_id": _Rule("must be a str of 1 to 254 characters", _id),
     "alias_id": _Rule("must be a str of 1 to 254 characters", _id),
     "event_name": _Rule("must be a str of " + _NAME_TEXT, _name),
-    "data_platform": _Rule("must be a str or None", _platform),
+    "data_platform": _Rule("must be a str of at most 255 characters, or None", _platform),
     "is_login": _Rule("must be a bool", lambda v: _exactly(v, True, False)),
-    "xwhen": _Rule("must be an int of 13 digits (Unix milliseconds) or a datetime of 2001 to 2286", _when),
+    "xwhen": _Rule("must be an integer of 13 digits (Unix milliseconds) or a datetime of 2001 to 2286", _when),
     "debug_mode": _Rule("must be the int 0, 1 or 2", lambda v: _exactly(v, 0, 1, 2)),
     # names and values of properties
     "name": _Rule(
@@ -777,6 +976,7 @@ _RULES = {
     "number": _Rule("must be a finite number (a bool is none), an integer within 64 bits signed", _number),
     "list": _Rule("must be a list or tuple of at most 100 str of at most 255 characters each", _list),
     "date": _Rule("must be a date or datetime", _moment),
+    "call": _Rule("must be a value, or a callable without arguments and no class", _call),
     "value": _Rule("must be a str, bool, number, date, datetime, or list of str", _no_value),
     # settings
     "on_error": _Rule("must be callable or None", _callable_or_none),
@@ -785,6 +985,7 @@ _RULES = {
     "log_path": _Rule("must be the path of a directory", _directory),
     "general_rule": _Rule('must be "hour" or "day"', lambda v: _LOG_NAMES[v.lower()]),
     "is_batch": _Rule("must be a bool", lambda v: _exactly(v, True, False)),
+    "queue_timeout": _Rule("must be a number of seconds from 0, or None", _patience),
     "timeout": _Rule("must be a number of seconds from 0, or None", lambda v: v if v is None else max(_number(v), 0)),
 }
 _VALUE_RULES: "Dict[type, _Rule]" = {
@@ -904,7 +1105,16 @@ def _plain_dict(argument: str, given: "Any") -> "Record":
     """Return properties as a dict: what they hold, not what they say."""
     if not issubclass(type(given), dict):  # whatever it says of its class
         raise _illegal(argument, given, "must be a dict or None")
-    return dict(dict.items(given))
+    return dict(_steady(lambda: [*dict.items(given)]))
+
+
+def _steady(copy_all: "Callable[[], List[Any]]") -> "List[Any]":
+    """Return a copy of what another thread may change while it is copied."""
+    while True:
+        try:
+            return copy_all()
+        except RuntimeError:
+            pass
 
 
 def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
@@ -922,7 +1132,8 @@ def _unset_members(argument: str, given: "Any") -> "Tuple[bytes, FrozenSet[str]]
     kinds: "Any" = [kind for kind in (list, tuple, set, frozenset) if issubclass(type(given), kind)]
     if not kinds:
         raise _illegal(argument, given, "must be a list, tuple or set of property names")
-    names = {_check("a name in " + argument, name, "name") for name in [*kinds[0].__iter__(given)]}
+    items = _steady(lambda: [*kinds[0].__iter__(given)])
+    names = {_check("a name in " + argument, name, "name") for name in items}
     return _members(argument, dict.fromkeys(names, ""))
 
 
@@ -970,11 +1181,31 @@ def _no_number(name: str) -> None:
     raise ValueError("%s is no JSON" % name)
 
 
-_decoder = json.JSONDecoder(parse_constant=_no_number)  # NaN and the infinities are Python's, not JSON's
+def _short_integer(digits: str) -> int:
+    if len(digits) > 4300:
+        raise ValueError("an integer of %d digits" % len(digits))
+    return int(digits)
 
-_DELIVERED, _REFUSED, _TOO_LARGE, _RETRY = "delivered", "refused", "too large", "retry"
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if number - number != 0:  # 1e999 is read as infinite, which is no JSON
+        raise ValueError("a number beyond all floats")
+    return number
+
+
+# NaN and the infinities are Python's, not JSON's. Where Python does not limit integers, they take quadratic time.
+_decoder = json.JSONDecoder(
+    parse_constant=_no_number,
+    parse_float=_finite,
+    parse_int=None if hasattr(sys, "set_int_max_str_digits") else _short_integer,
+)
+
+_answer_decoder = json.JSONDecoder(strict=False)  # a server's message may hold a plain tab
+
+_DELIVERED, _REFUSED, _TOO_LARGE, _CHOKED, _RETRY = "delivered", "refused", "too large", "failing", "retry"
 _Verdict = collections.namedtuple("_Verdict", "kind reason wait")  # wait: seconds the server asked for, or None
-_Answer = collections.namedtuple("_Answer", "status retry_after payload")
+_Answer = collections.namedtuple("_Answer", "status headers payload")  # headers.get(NAME), in any case
 _SUCCESS = _Verdict(_DELIVERED, "code 200", None)
 
 # Statuses that say nothing about the data, also where the answer's code carries them: C5
@@ -1001,8 +1232,18 @@ def _records(lines: "List[bytes]") -> "List[Any]":
     return [line.decode("utf-8", "replace") if _damage(line) else _decode(line) for line in lines]
 
 
-def _damage(line: bytes) -> "Optional[str]":
-    """Say what is wrong with a line that should hold a record in JSON; None where nothing is."""
+def _damage(line: bytes, length: int = 0) -> "Optional[str]":
+    """Say what is wrong with a line that should hold a record in JSON; None where nothing is.
+
+    *length* is how many bytes it had, where it was cut. What takes many times its size to decode is no record: within
+    the limits all but a few kilobytes are text.
+    """
+    if max(length, len(line)) > _MAX_LINE:
+        return "no record, with more than 40 MiB"
+    if length > len(line):
+        return "not a JSON object"
+    if len(line) > _MAX_STRUCTURE and len(re.sub(_QUOTED, b"", line)) > _MAX_STRUCTURE:
+        return "no record, with more than 256 KiB that are not text"
     try:
         return None if isinstance(_decode(line), dict) else "not a JSON object"
     except (ValueError, RecursionError) as error:
@@ -1019,11 +1260,16 @@ def _pack(text: bytes) -> bytes:
 
 def _unpack(body: bytes, most: int) -> bytes:
     """Undo `_pack`; raise ValueError where *body* is not of that form or has more than *most* bytes inside."""
+    return _inflate(binascii.a2b_base64(body), most, _GZIP)
+
+
+def _inflate(data: bytes, most: int, form: int) -> bytes:
+    """Decompress *data* of the *form* with that number in zlib; raise ValueError as `_unpack` does."""
     if zlib is None:
         raise ValueError("this Python has no zlib")
-    unpacker = zlib.decompressobj(_GZIP)
+    unpacker = zlib.decompressobj(form)
     try:
-        text = unpacker.decompress(binascii.a2b_base64(body), most + 1)
+        text = unpacker.decompress(data, most + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from None
     if len(text) > most or not unpacker.eof:
@@ -1031,11 +1277,25 @@ def _unpack(body: bytes, most: int) -> bytes:
     return bytes(text)
 
 
-def _parse(payload: bytes) -> "Any":
+# What servers mean by a Content-Encoding, as zlib's numbers: with "deflate" they mean two things.
+_CONTENT_ENCODINGS = {"gzip": (_GZIP,), "x-gzip": (_GZIP,), "deflate": (15, -15)}
+
+
+def _answer_text(answer: "_Answer") -> bytes:
+    """Return the body of an answer without its Content-Encoding, where it has one and keeps it."""
+    for form in _CONTENT_ENCODINGS.get((answer.headers.get("Content-Encoding") or "").strip().lower(), ()):
+        try:
+            return _inflate(answer.payload, _MAX_ANSWER, form)
+        except ValueError:
+            continue
+    return bytes(answer.payload)
+
+
+def _parse(text: bytes) -> "Any":
     """Return the JSON value in an answer, plain or packed; None where there is none."""
     for unpack in (bytes, lambda packed: _unpack(packed, _MAX_ANSWER)):
         try:
-            return json.loads(unpack(payload).decode("utf-8"))
+            return _answer_decoder.decode(unpack(text).decode("utf-8").lstrip("\ufeff"))
         except (ValueError, RecursionError):
             continue
     return None
@@ -1043,22 +1303,109 @@ def _parse(payload: bytes) -> "Any":
 
 def _judge(answer: "_Answer") -> "_Verdict":
     """Say what an answer means for the batch that was sent: C5."""
-    told = _parse(answer.payload)
-    code = told.get("code") if isinstance(told, dict) else None
+    text = _answer_text(answer)
+    told = _parse(text)
+    is_object = isinstance(told, dict)
+    code = told.get("code") if is_object else None
     if type(code) is not int:
         code = None
+    if code == 200 and 200 <= answer.status <= 299:
+        return _SUCCESS
+    shown = " ".join(text.decode("utf-8", "replace").split()) if told is None else json.dumps(told, ensure_ascii=False)
+    what = "HTTP %d, %s" % (answer.status, _printable(shown) or "an empty answer")
+    reason = _with_hint(what, _answer_hint(answer, text, code))
+    return _Verdict(_kind(answer.status, code, is_object), reason, _seconds(answer.headers.get("Retry-After")))
+
+
+def _kind(status: int, code: "Optional[int]", is_object: bool) -> str:
     if code in _NOT_THE_DATA:
-        kind = _TOO_LARGE if code == 413 else _RETRY
-    elif answer.status == 413:
-        kind = _TOO_LARGE
-    elif code is not None and 400 <= code <= 499 or answer.status in (400, 422) and isinstance(told, dict):
-        kind = _REFUSED
-    else:
-        if 200 <= answer.status <= 299 and code == 200:
-            return _SUCCESS
-        kind = _RETRY
-    text = repr(answer.payload[:80]) if told is None else json.dumps(told, ensure_ascii=False)[:300]
-    return _Verdict(kind, "HTTP %d, %s" % (answer.status, text), _seconds(answer.retry_after))
+        return _TOO_LARGE if code == 413 else _RETRY
+    if status == 413:
+        return _TOO_LARGE
+    if code is not None and 400 <= code <= 499 or status in (400, 422) and is_object:
+        return _REFUSED
+    return _CHOKED if 500 <= status <= 599 or code is not None and 500 <= code <= 599 else _RETRY
+
+
+def _failure(error: Exception, is_tls: bool = False) -> "_Verdict":
+    """Say what it means for the batch that `_Transport.post` raised *error*.
+
+    A peer that hangs up after it had the whole body, and before it says a word, may do so because of the data.
+    """
+    stage = getattr(error, "stage", _CONNECTING)
+    what = "%s: %s" % (type(error).__name__, _printable(error))
+    if not _is_gone(error):
+        return _Verdict(_RETRY, _with_hint(what, _hint(what, stage)), None)
+    kind = _CHOKED if stage == _SENT else _RETRY
+    return _Verdict(kind, _with_hint(what, _search_hint(what) or _gone_hint(stage, is_tls)), None)
+
+
+# Hints: what to try, for the mistakes that users make
+
+
+def _with_hint(what: str, hint: "Optional[str]") -> str:
+    return "%s (%s)" % (what, hint) if hint else what
+
+
+_TWICE = "the server may have the data, and it may come twice"
+_PAGE = "that is an HTML page: is this the receiving address?"
+_STATUS_HINTS = {
+    401: "does it want credentials, as headers=?",
+    403: "does it want credentials, as headers=?",
+    404: "is the path right? /up is appended unless the path ends in it",
+    405: "is the path right? it takes no POST",
+    407: "the proxy wants credentials: http://user:password@host:port in its environment variable",
+}
+
+
+def _answer_hint(answer: "_Answer", text: bytes, code: "Optional[int]") -> "Optional[str]":
+    status, is_page = answer.status, text.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"<"
+    if 300 <= status <= 399:
+        place = re.sub(r"//[^/?#]*@", "//", answer.headers.get("Location") or "")
+        return "a redirect%s is not followed: give the address that receives" % (place and " to " + _printable(place))
+    if status == 400 and re.search(rb"(?i)\bhttps\b", text):
+        return "does that port speak https?"
+    hints = [_STATUS_HINTS.get(status, ""), _PAGE if is_page and status != 407 else ""]
+    if 200 <= status <= 299 and code is None:
+        hints.insert(0, "not understood: " + _TWICE)
+    return "; ".join(filter(None, hints))
+
+
+# Searched for in an error's type and text, in any case; first come first served.
+_HINTS = (
+    ("hostname|address mismatch|doesn't match", "the certificate is for another host: is the address right?"),
+    ("has expired|not yet valid", "the certificate is out of date, or this machine's clock is wrong"),
+    ("certificate.verify", "for a private CA: ssl_context=ssl.create_default_context(cafile=FILE), or --ca FILE"),
+    ("wrong.version|unknown.protocol|http.request|record.layer|too.long]", "does that port speak plain http?"),
+    (r"BadStatusLine: .*\\x1[56]\\x03", "does that port speak https?"),
+    ("gaierror|UnicodeError", "is the host's name right, and can this machine look up names?"),
+    ("ConnectionRefused", "nobody listens there: is the server up, and the port right?"),
+    ("Tunnel.* 407", _STATUS_HINTS[407]),
+    ("Tunnel", "the proxy refused: is the address right? no_proxy=HOST goes around the proxy"),
+    ("unreachable", "is this machine connected, and the address right?"),
+)
+
+
+def _search_hint(what: str) -> "Optional[str]":
+    return next((hint for pattern, hint in _HINTS if re.search(pattern, what, re.I)), None)
+
+
+def _hint(what: str, stage: int) -> "Optional[str]":
+    is_late = re.search("time", what)
+    if stage >= _SENT:
+        found = _search_hint(what) if stage == _ANSWERED else None
+        return found or "no whole answer%s: %s" % (" within request_timeout" if is_late else "", _TWICE)
+    if is_late:
+        return "nobody answers there: is the address right, does a firewall drop it, is request_timeout too short?"
+    return _search_hint(what)
+
+
+def _gone_hint(stage: int, is_tls: bool) -> str:
+    if stage == _ANSWERED:
+        return "no whole answer: " + _TWICE
+    if is_tls:
+        return "it hung up at once: does that port speak plain http?" if stage == _CONNECTING else "the server hung up"
+    return "the server hung up: does that port speak https?"
 
 
 def _seconds(retry_after: "Optional[str]") -> "Optional[float]":
@@ -1089,31 +1436,46 @@ def _url(server_url: "Any") -> str:
     rule = "must be http(s)://host[:port][/path]"
     if not isinstance(server_url, str):
         raise _illegal("server_url", server_url, rule)
+    shown = re.sub(r"//.*@", "//...@", server_url)  # credentials: not for a message
     try:
         server_url.encode("ascii")
         parts = urllib.parse.urlsplit(server_url)
-        port = parts.port
+        host = parts.hostname
     except ValueError:
-        raise _illegal("server_url", server_url, rule) from None
+        raise _illegal("server_url", shown, rule) from None
     odd = re.search(r"[\x00-\x20\x7f?#@]", server_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or odd or parts.netloc.endswith(":"):
-        raise _illegal("server_url", server_url, rule)
+    if parts.scheme not in ("http", "https") or not host or odd:
+        raise _illegal("server_url", shown, rule)
+    port = re.fullmatch(r"(?:[^\[\]:]+|\[[^\[\]]*\])(?::0*([1-9][0-9]{0,4}))?", parts.netloc)
+    if not port or int(port.group(1) or 1) > 65535:
+        raise _illegal("server_url", shown, rule + " with a port from 1 to 65535")
     path = parts.path.rstrip("/")
     return "%s://%s%s" % (parts.scheme, parts.netloc, path if path.endswith("/up") else path + "/up")
 
 
 def _http_headers(headers: "Any") -> "Dict[str, str]":
-    """Return the headers of every request, the caller's own *headers* included."""
+    """Return the headers of every request, the caller's own *headers* included. No message shows a value: a secret."""
     own = {
         "Content-Type": "application/json",
         "User-Agent": "analysys-%s/%s" % (_LIB, __version__),
     }
-    for name, value in dict(headers or {}).items():
-        sound = isinstance(name, str) and isinstance(value, str) and re.fullmatch(r"[!-9;-~]+", name)
-        if not sound or not re.fullmatch(r"[\x20-\x7e\t]*", value):
-            raise _illegal("headers[%s]" % _shown(name), value, "must be a header: a printable ASCII name and value")
+    try:
+        given = dict(headers or {})
+    except (TypeError, ValueError):
+        raise _illegal("headers", type(headers), "must be a dict of names and values") from None
+    for name, value in given.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[!-9;-~]+", name):
+            name = name.partition(":")[0] if isinstance(name, str) else type(name)
+            raise _illegal("headers", name, "must have names of printable ASCII without spaces and colons")
+        if not isinstance(value, str) or not re.fullmatch(r"[\x20-\x7e\t]*", value):
+            what = "headers[%s] holds what no header may, such as a newline at its end" % _shown(name)
+            raise AnalysysPythonSdkIllegalDataException(what + ": it must be a str of printable ASCII")
         own[name] = value
     return own
+
+
+# How far a request came. It decides whether it may be sent again unnoticed, and what its failure means.
+_CONNECTING, _SENDING, _SENT, _ANSWERED = range(4)
 
 
 class _Transport:
@@ -1128,23 +1490,70 @@ class _Transport:
         import encodings.idna  # noqa: F401
         import http.client  # noqa: F401
         import logging  # noqa: F401
+        import select  # noqa: F401
+        import socket  # noqa: F401
         import urllib.request
 
+        _ready_resolver()
+        self._url = url
         self._request = urllib.request.Request(url, headers=headers, method="POST")  # copied for each
         self._pool = _Connections(ssl_context if ssl_context or url.startswith("http:") else _verified())
         handler = urllib.request.BaseHandler()
         for scheme in ("http", "https"):
             setattr(handler, scheme + "_open", self._pool.open)
+        self._proxies = {} if _is_loopback(self._request.host) else urllib.request.getproxies()
         self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(urllib.request.ProxyHandler())
+        self._opener.add_handler(urllib.request.ProxyHandler(self._proxies))
         self._opener.add_handler(handler)
+
+    def ask(self, body: bytes, timeout: float) -> "_Verdict":
+        """Post *body* and say what became of it, in words that name the address; raise no error."""
+        try:
+            verdict = _judge(self.post(body, timeout))
+        except Exception as error:
+            verdict = _failure(error, self._url.startswith("https:"))
+        if verdict is _SUCCESS:
+            return verdict
+        return verdict._replace(reason="%s: %s" % (self.where(), verdict.reason))
 
     def post(self, body: bytes, timeout: float) -> "_Answer":
         """Return the answer to *body*, whatever it says; raise OSError or HTTPException where there is none."""
+        import http.client
+
         request = copy.copy(self._request)  # an opener may change the one it is given
         request.headers, request.data = dict(request.headers), body
-        answer: "_Answer" = self._opener.open(request, timeout=timeout)
+        try:
+            answer: "Optional[_Answer]" = self._opener.open(request, timeout=timeout)
+        except (ValueError, http.client.InvalidURL) as error:
+            is_certificate = type(error).__name__ == "CertificateError"  # what Python 3.6 has for another host's
+            if isinstance(error, OSError) or is_certificate or not self.proxy():  # OSError: later ones' is both
+                raise
+            answer = None
+        if answer is None:  # said without the address itself: where it is not understood, credentials are not either
+            raise OSError("what the environment has as proxy for %s is no http://host:port" % self._request.type)
         return answer
+
+    def where(self) -> str:
+        """Return the address posted to and the proxy on the way to it, for messages, without credentials."""
+        proxy = self.proxy()
+        return _printable(self._url) + (proxy and " through the proxy " + _printable(proxy))
+
+    def proxy(self) -> str:
+        """Return host and port of the proxy, without credentials; "" where there is none."""
+        import urllib.request
+
+        proxy = self._proxies.get(self._request.type, "")
+        if not proxy or urllib.request.proxy_bypass(self._request.host):
+            return ""
+        return re.sub(r"^.*://|/*$", "", proxy.rpartition("@")[2])
+
+    def sweep(self) -> "Optional[float]":
+        """Close idle connections that are old or dead; return after how many seconds to do so again, if ever.
+
+        Each request does it too, at most once a second. Who has a thread that waits calls it there; who has none
+        leaves it to the next call.
+        """
+        return self._pool.sweep()
 
     def close(self) -> None:
         """Close idle connections; those in use close when their answer is there."""
@@ -1155,40 +1564,174 @@ class _Transport:
         self._pool.disown()
 
 
+class _ForkGuard:
+    """Keeps forks and the C libraries' locks apart, which no fork resets: the child would wait for one for ever.
+
+    OpenSSL has such locks in a handshake (above all in a process's first, which finds its algorithms), glibc in the
+    lookup of a name. A fork waits for those that are inside, by the ends of their time at the latest: who takes longer
+    waits for the network, and holds no lock. Who comes while a fork is under way waits for it. There is no lock here
+    that could be left behind; each step is atomic, and each side says what it is about to do before it looks at the
+    other. Of a fork that Python is not told of, or before 3.7, nothing is known.
+    """
+
+    def __init__(self) -> None:
+        self._inside: "Dict[int, float]" = {}  # thread -> until when a fork waits for it
+        self._forking: "Set[int]" = set()  # threads
+
+    def hold_off(self, seconds: float, call: "Callable[..., Any]", *arguments: "Any", **named: "Any") -> "Any":
+        """Return what *call* returns; a fork waits for it, for so many *seconds* at most."""
+        me = threading.get_ident()
+        outer = self._inside.get(me)  # a signal handler may call in the middle
+        patience = _CLOCK.now() + seconds
+        try:
+            self._inside[me] = patience
+            while self._forking - {me} and _CLOCK.now() < patience:
+                self._inside[me] = 0.0
+                time.sleep(0.001)
+                self._inside[me] = _CLOCK.now() + seconds
+            return call(*arguments, **named)
+        finally:
+            self._inside.pop(me, None)
+            if outer is not None:
+                self._inside[me] = outer
+
+    def before(self) -> None:
+        me = threading.get_ident()
+        self._forking.add(me)
+        while any(until > _CLOCK.now() for thread, until in self._inside.copy().items() if thread != me):
+            time.sleep(0.001)
+
+    def after_in_parent(self) -> None:
+        self._forking.discard(threading.get_ident())
+
+    def after_in_child(self) -> None:
+        me = threading.get_ident()
+        self._forking.clear()
+        self._inside = {me: self._inside[me]} if me in self._inside else {}
+
+
+_FORK_GUARD = _ForkGuard()
+
+
+def _ready_resolver() -> None:
+    """Have the C library read the files of its resolver, once, before a thread of ours looks a name up.
+
+    glibc reads them in the first lookup, under locks that a fork leaves as they are: a child forked meanwhile would
+    wait in its first lookup for ever. "a..b" is no name: all is made ready for it, and no server is asked. This thread
+    does not do it itself, since whoever forked this process may have left it such a lock.
+    """
+    if not _RESOLVER and hasattr(os, "fork") and _threads_run():
+        _RESOLVER.append(None)
+        try:
+            thread = threading.Thread(target=_look_up_no_name, daemon=True)
+            thread.start()
+            thread.join(1)
+        except (RuntimeError, MemoryError):  # no more threads, or the interpreter is ending
+            pass
+
+
+_RESOLVER: "List[None]" = []  # not empty: it is ready, in this process or in one that forked it
+
+
+def _look_up_no_name() -> None:
+    from _socket import getaddrinfo  # C's, whatever gevent has made of the socket module's
+
+    try:
+        _FORK_GUARD.hold_off(1.0, getaddrinfo, b"a..b", 0)
+    except OSError:
+        pass
+
+
+def _is_loopback(place: str) -> bool:
+    """Tell whether *place*, a host with or without a port, is this machine, in any spelling."""
+    import socket
+    import urllib.parse
+
+    host = (urllib.parse.urlsplit("//" + place).hostname or "").rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        if ":" in host:
+            packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+            return packed == b"\0" * 15 + b"\1" or packed[:13] == b"\0" * 10 + b"\xff\xff\x7f"
+        return socket.inet_aton(host)[0] == 127
+    except (OSError, AttributeError):  # it is a name
+        return False
+
+
 def _verified() -> "ssl.SSLContext":
     try:
         import ssl
     except ImportError:
         raise AnalysysPythonSdkException("https needs the ssl module, which this Python is built without") from None
-    return ssl.create_default_context()
+    return _FORK_GUARD.hold_off(1.0, ssl.create_default_context)  # type: ignore[no-any-return]
+
+
+# C's: gevent's os.close() puts it off while greenlets wait for the descriptor, and those are in a forked child, too.
+_close_now = getattr(sys.modules.get("posix"), "close", os.close)
 
 
 class _Connections:
-    """Opens urllib requests over connections that are kept alive, each used by one thread at a time."""
+    """Opens urllib requests over connections that are kept alive, each used by one thread at a time.
+
+    There is no lock: a connection is in `_idle` or in the hands of one thread, which popped it there. What is idle is
+    closed when it is old or has something to read, since then the server hung up: looked for by each call, at most once
+    a second, by `sweep`, and when one is about to be used again.
+    """
+
+    check_hostname = True  # as an SSLContext has it: Python 3.6's connections ask, and would check once more
 
     def __init__(self, ssl_context: "Optional[ssl.SSLContext]") -> None:
         self._ssl_context = ssl_context
-        self._idle: "Deque[Tuple[Any, Any]]" = collections.deque()  # (where to, connection); its steps are atomic
-        self._all: "set[Any]" = set()  # idle or in use; closed together
+        # (where to, connection, since when); its steps are atomic
+        self._idle: "Deque[Tuple[Any, Any, float]]" = collections.deque()
+        self._all: "set[Any]" = set()  # idle or in use; its steps are atomic
+        self._next_sweep = 0.0
         self._closed = False
 
     def open(self, request: "Any") -> "_Answer":
         """Send *request* and return the answer. A connection that died while it was idle is replaced unnoticed."""
-        import http.client
-
-        deadline = time.monotonic() + request.timeout
+        deadline = _CLOCK.now() + request.timeout
         tunnel = getattr(request, "_tunnel_host", None)  # set by ProxyHandler, which has no public name for it
         # What is meant for the proxy goes to the proxy only.
         credentials = request.headers.pop("Proxy-authorization", None) if tunnel else None
         where = (request.type, request.host, tunnel)
+        if _CLOCK.now() >= self._next_sweep:
+            self.sweep()
         connection = self._take_idle(where)
         if connection is not None:
             try:
                 return self._ask(where, connection, request, deadline)
-            except (ConnectionError, http.client.BadStatusLine):
-                if connection.answered:
+            except Exception as error:  # a peer that went away without a word of an answer: it went before we came
+                if connection.stage == _ANSWERED or not _is_gone(error):
                     raise
         return self._ask(where, self._connect(request, tunnel, credentials), request, deadline)
+
+    def wrap_socket(self, sock: "Any", server_hostname: str) -> "Any":
+        """Shake hands: a connection asks for it as if this were its SSLContext."""
+        context: "Any" = self._ssl_context
+        return _FORK_GUARD.hold_off(1.0, context.wrap_socket, sock, server_hostname=server_hostname)
+
+    def sweep(self) -> "Optional[float]":
+        """Close idle connections that are old or dead; return how long the others last, in seconds, or None."""
+        now = oldest = _CLOCK.now()
+        self._next_sweep = now + 1
+        try:
+            idle = list(self._idle)
+        except RuntimeError:  # another thread changed it meanwhile, without the GIL
+            return 1.0
+        for kept in idle:  # each stays where it is while it is looked at: a call may want it
+            if self._is_usable(kept):
+                oldest = min(oldest, kept[2])
+                continue
+            try:
+                self._idle.remove(kept)
+            except ValueError:  # it is in use again; and has another time when it comes back
+                continue
+            self._drop(kept[1])
+        if self._closed:
+            self.close()
+        return max(0.0, oldest + _MAX_IDLE - now) if self._all else None
 
     def close(self) -> None:
         """Close idle connections, and from now on each one as soon as it is idle."""
@@ -1196,49 +1739,73 @@ class _Connections:
         self._take_idle(None)  # none is for nowhere: all are closed
 
     def disown(self) -> None:
-        """Close, in a forked child, the descriptors of its parent's connections, those in use included."""
+        """Close, in a forked child, the descriptors of its parent's connections, those in use included.
+
+        By their numbers, since a socket may be half way into its TLS wrapper; where an object holds the number, it lets
+        go of it first, or it would close somebody else's descriptor later.
+        """
         for connection in list(self._all):
             try:
-                os.close(connection.sock.detach())
-            except (OSError, AttributeError):  # it was being opened or wrapped
+                connection.sock.detach()
+            except (OSError, AttributeError):  # it is being opened
                 pass
+            try:
+                _close_now(connection.descriptor)
+            except (OSError, TypeError):
+                pass
+        self._all.clear()
+        self._idle.clear()
 
     def _ask(self, where: "Any", connection: "Any", request: "Any", deadline: float) -> "_Answer":
-        connection.deadline, connection.answered = deadline, False
+        connection.deadline, connection.stage = deadline, _CONNECTING
         keep = False
         try:
             if connection.sock is None:
                 connection.connect()
-            connection.sock.settimeout(_left(deadline))
+            connection.stage = _SENDING
             headers = dict(request.headers, **request.unredirected_hdrs)
-            cut: "Optional[ConnectionError]" = None
+            headers["Content-Length"] = str(len(request.data))
+            cut: "Optional[OSError]" = None
             try:
-                connection.request(request.get_method(), request.selector, request.data, headers)
-            except ConnectionError as error:  # a server may refuse a large body and hang up: look for its answer
+                connection.body = request.data  # http.client would send it apart: two packets, and two wake-ups
+                connection.request(request.get_method(), request.selector, None, headers)
+                connection.stage = _SENT
+            except OSError as error:  # a server may refuse a large body and hang up: look for its answer
+                if not _is_gone(error):
+                    raise
                 cut = error
             response = connection.getresponse()
             if cut is not None and response.status < 400:  # but half a body was accepted by nobody
                 raise cut
             payload = response.read(_MAX_ANSWER + 1)
-            keep = not response.will_close and response.isclosed() and response.status >= 200
-            return _Answer(response.status, response.getheader("Retry-After"), payload[:_MAX_ANSWER])
+            keep = cut is None and not response.will_close and response.isclosed()
+            return _Answer(response.status, response.headers, payload[:_MAX_ANSWER])
+        except Exception as error:
+            error.stage = connection.stage  # type: ignore[attr-defined]
+            raise
         finally:
+            cut = None  # it holds this frame, and the response with it
             if keep and not self._closed:
-                self._idle.append((where, connection))
+                self._idle.append((where, connection, _CLOCK.now()))
             else:
-                self._all.discard(connection)
-                connection.close()
+                self._drop(connection)
 
     def _take_idle(self, where: "Any") -> "Any":
         while True:
             try:
-                kept_for, connection = self._idle.pop()
+                kept = self._idle.pop()
             except IndexError:
                 return None
-            if kept_for == where and _is_quiet(connection.sock):
-                return connection
-            self._all.discard(connection)
-            connection.close()
+            if kept[0] == where and self._is_usable(kept):
+                return kept[1]
+            self._drop(kept[1])
+
+    def _is_usable(self, kept: "Tuple[Any, Any, float]") -> bool:
+        return _CLOCK.now() < kept[2] + _MAX_IDLE and _is_quiet(kept[1].sock)
+
+    def _drop(self, connection: "Any") -> None:
+        self._all.discard(connection)  # first: a child that is forked in between must not close this number
+        connection.close()
 
     def _connect(self, request: "Any", tunnel: "Optional[str]", credentials: "Optional[str]") -> "Any":
         import http.client
@@ -1246,24 +1813,42 @@ class _Connections:
         connection: "Any"
         if request.type == "https":
             connection = http.client.HTTPSConnection(request.host, context=self._ssl_context)
+            connection._context = self  # which it asks for a wrapped socket
         else:
             connection = http.client.HTTPConnection(request.host)
         if tunnel:
             connection.set_tunnel(tunnel, headers={"Proxy-Authorization": credentials} if credentials else {})
+        connection.descriptor, connection.body = None, b""
         connection.response_class = functools.partial(_response, connection)
         connection._create_connection = functools.partial(_dial, connection)
+        connection.send = functools.partial(_send_in_time, connection)
         self._all.add(connection)
         return connection
 
 
 def _left(deadline: float) -> float:
     """Return the seconds left, or raise the time-out that is due."""
-    left = deadline - time.monotonic()
+    left = deadline - _CLOCK.now()
     if left <= 0:
         import socket
 
         raise socket.timeout("no complete answer within request_timeout")
-    return left
+    return min(left, _LONGEST_WAIT)  # sockets refuse more than some platform's limit
+
+
+def _is_gone(error: Exception) -> bool:
+    """Tell whether *error* says that the peer closed or reset the connection.
+
+    Over TLS that has other types, which have changed from Python to Python: closed with and without a goodbye, before,
+    while and after something was read. Old ones know new OpenSSLs' reasons by their text alone, or say just OSError(0).
+    """
+    if isinstance(error, ConnectionError):  # http.client's RemoteDisconnected is one
+        return True
+    ssl = sys.modules.get("ssl")
+    if ssl is not None and isinstance(error, ssl.SSLError):
+        kinds = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+        return isinstance(error, kinds) or bool(re.search(r"(?i)\beof\b|is.shutdown", str(error)))
+    return isinstance(error, OSError) and error.errno in (0, errno.ENOTCONN)
 
 
 def _is_quiet(sock: "Any") -> bool:
@@ -1281,27 +1866,62 @@ def _is_quiet(sock: "Any") -> bool:
 
 
 def _dial(connection: "Any", address: "Tuple[str, int]", *_: "Any") -> "Any":
-    """Connect to the first of the host's addresses that answers, all within the connection's deadline."""
+    """Connect to the first of the host's addresses that answers; each has its share of the time that is left."""
     import socket
 
     problem: "Optional[OSError]" = None
-    addresses = [found[4] for found in socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)]
-    for position, found in enumerate(addresses):
+    addresses = _FORK_GUARD.hold_off(0.1, socket.getaddrinfo, address[0], address[1], 0, socket.SOCK_STREAM)
+    for position, (family, kind, protocol, _name, place) in enumerate(addresses):
+        sock = None
         try:
             share = _left(connection.deadline) / (len(addresses) - position)
-            sock = socket.create_connection((str(found[0]), int(found[1])), share)
+            sock = socket.socket(family, kind, protocol)
+            connection.descriptor = sock.fileno()
+            sock.settimeout(share)
+            sock.connect(place)
             sock.settimeout(_left(connection.deadline))
             return sock
         except OSError as error:
             problem = problem or error
+            connection.descriptor = None
+            if sock is not None:
+                sock.close()
     raise problem or OSError("no address for %s" % address[0])
 
 
+def _send_in_time(connection: "Any", data: bytes) -> None:
+    """Send *data*, a request's head, and its body, to a peer that reads slowly too, within the connection's deadline.
+
+    sendall() over TLS has none for the whole.
+    """
+    view, connection.body = memoryview(data + connection.body), b""
+    for start in range(0, len(view), _TLS_RECORD):
+        connection.sock.settimeout(_left(connection.deadline))
+        connection.sock.sendall(view[start : start + _TLS_RECORD])
+
+
 def _response(connection: "Any", sock: "Any", *arguments: "Any", **named: "Any") -> "http.client.HTTPResponse":
-    """Make the response that http.client would, but let it read through a `_Bounded` file."""
+    """Make the response that http.client would, but let it read through an `_Answering` file, and past any 1xx."""
+    response: "http.client.HTTPResponse" = _response_class()(_Answering(connection, sock), *arguments, **named)
+    return response
+
+
+@functools.lru_cache(maxsize=None)
+def _response_class() -> "Any":
+    """Return http.client's class of responses, but for 1xx: that one passes over 100 only, not over 103 Early Hints."""
     import http.client
 
-    return http.client.HTTPResponse(_Answering(connection, sock), *arguments, **named)  # type: ignore[arg-type]
+    class Response(http.client.HTTPResponse):
+        def _read_status(self) -> "Tuple[str, int, str]":
+            while True:
+                found: "Tuple[str, int, str]" = super()._read_status()  # type: ignore[misc]
+                if found[1] // 100 != 1 or found[1] == 101:
+                    return found
+                while self.fp.readline(_MAX_HEADERS).strip():
+                    pass
+                self.fp.raw.allow_more()  # type: ignore[attr-defined]
+
+    return Response
 
 
 class _Answering(io.RawIOBase):
@@ -1311,6 +1931,10 @@ class _Answering(io.RawIOBase):
         self._connection = connection
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
+        self.allow_more()
+
+    def allow_more(self) -> None:
+        """Begin the limit anew: of answers before the answer there may be any number, in the time that there is."""
         self._budget = _MAX_HEADERS + _MAX_ANSWER
 
     def makefile(self, mode: str) -> "io.BufferedReader":
@@ -1323,7 +1947,8 @@ class _Answering(io.RawIOBase):
         self._sock.settimeout(_left(self._connection.deadline))
         size = self._raw.readinto(buffer)
         if size:
-            self._connection.answered = True
+            if self._connection.stage != _CONNECTING:  # else it is a proxy's word
+                self._connection.stage = _ANSWERED
             self._budget -= size
             if self._budget < 0:
                 raise OSError("the answer's headers are too long")
@@ -1338,169 +1963,2296 @@ class _Answering(io.RawIOBase):
 # Queues: what is accepted and not yet settled, in memory or on disk
 ########################################################################################################################
 
+# What the sender and the states ask of a queue. A *line* is the JSON of one record as bytes, newline included. An
+# *item* is a line in flight as the queue knows it: a tuple whose first member is the line.
+#
+# A queue is used by any number of threads that put(), and by one at a time, the sender, that takes and settles.
+# Records are counted as accepted by put() and as settled by settle(), in the ledger that queue and sender share.
+
+if TYPE_CHECKING:
+    from typing import Protocol  # novm: type checkers only
+
+    Item = Tuple[Any, ...]
+
+    class _Queue(Protocol):
+        """What is accepted and not yet settled, in the order in which it came."""
+
+        @property
+        def ledger(self) -> "_Ledger":
+            """The counts of what went through, and the refusals that are not yet reported."""
+
+        def put(self, line: bytes) -> int:
+            """Accept *line* and return how many lines wait that are not in flight; 0 where there is no room.
+
+            Where it raises, the line is not accepted.
+            """
+
+        def take_back(self, line: bytes) -> bool:
+            """Undo put(), as if *line* had never come; False where it is too late: it will be settled."""
+
+        def take(self, most: int) -> "List[Item]":
+            """Move up to *most* more lines in flight, in order, and return them; none where none waits.
+
+            What is in flight already stays so until it is settled. Damaged lines are set aside: rejected, reported.
+            """
+
+        def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
+            """Let go of *items*, any that are in flight: delivered, or refused with *error*. Void after close()."""
+
+        def due_at(self) -> float:
+            """Return when take() is to be called next (`_CLOCK`): a moment that is over for now, infinity for never."""
+
+        def mark(self) -> "Tuple[int, int]":
+            """Return how many lines were accepted, and how many of these, from the oldest on, are settled.
+
+            Takes no lock: it may be called by a signal handler.
+            """
+
+        def close(self) -> "List[bytes]":
+            """Take no more part; return the lines that are given up now, counted as rejected: none from a disk."""
+
+        def disown(self) -> None:
+            """Let go, in a forked child, of the parent's descriptors."""
+
+        is_durable: bool  # whether what is not delivered at the end stays for the next process
+
+
 
 class _Ledger:
-    """Counts that balance at any moment: accepted (+ adopted) = delivered + rejected + pending.
+    """Counts that balance at any moment, accepted (+ adopted) = delivered + rejected + pending, and what is to be told.
 
     A __del__ or a signal handler that tracks may run anywhere, also inside these methods: a change is appended whole,
     in one step, and who reads adds up what is there.
     """
 
     def __init__(self, *more: str) -> None:
-        # Guards what an owner moves between its parts. Never held while anything waits or sends.
+        # Guards what a queue moves between its parts. Never held while anything waits or sends. Re-entrant, for a
+        # __del__ or a signal handler that closes what it interrupts.
         self.lock = threading.RLock()
+        self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; who sends tells and pops
         names = ("accepted", "delivered", "rejected", "pending", "requests", "retries") + more
-        self._changes: "List[Dict[str, int]]" = [dict.fromkeys(names, 0)]  # the first is the sum of all before
-        self._turn = threading.Lock()  # held by who shortens _changes; nobody waits for it
+        self._changes: "List[Any]" = [dict.fromkeys(names, 0)]  # the first is the sum of all before
+        self._shortening = threading.Lock()  # held by who shortens _changes; nobody waits for it
 
-    def add(self, change: "Dict[str, int]") -> None:
-        """Add *change*, which nobody changes afterwards."""
+    def add(self, change: "Union[Dict[str, int], float]") -> None:
+        """Add *change*, which nobody changes afterwards; a float, the moment when it came, is a record accepted."""
         self._changes.append(change)
-        if len(self._changes) > 256 and self._turn.acquire(False):
-            try:
+        if len(self._changes) > 256 and self._shortening.acquire(False):
+            try:  # who reads sees the list before or after this one step, with the same sum; others append behind
                 seen = self._changes[:]
-                self._changes[: len(seen)] = [_sum(seen)]  # one step; others append behind
+                self._changes[: len(seen)] = [_sum(seen)]
             finally:
-                self._turn.release()
+                self._shortening.release()
+
+    def withdraw(self, came: float) -> None:
+        """Undo add() of this very object, if it was added: an exception out of a signal handler may come before it."""
+        if any(change is came for change in self._changes[:]):
+            self.add({"accepted": -1, "pending": -1})
+
+    def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
+        """Count *number* records as delivered, or as rejected with *error*."""
+        if error is not None:
+            self.refusals.append(error)  # first: who sees it settled must see that it is to be told
+        self.add(_outcome(number, "rejected" if error else "delivered"))
 
     def stats(self) -> "Dict[str, int]":
         return _sum(self._changes[:])
 
 
-_ACCEPTED = {"accepted": 1, "pending": 1}
+_ACCEPTED = 0.0
 
 
-def _settled(number: int, error: object) -> "Dict[str, int]":
-    return {"pending": -number, "rejected" if error else "delivered": number}
+def _outcome(number: int, outcome: str) -> "Dict[str, int]":
+    return {"pending": -number, outcome: number}
 
 
-def _sum(changes: "List[Dict[str, int]]") -> "Dict[str, int]":
-    counts = changes[0].copy()
+def _sum(changes: "List[Any]") -> "Dict[str, int]":
+    counts: "Dict[str, int]" = changes[0].copy()
+    accepted = 0
     for change in changes[1:]:
+        if type(change) is float:  # most are
+            accepted += 1
+            continue
         for name, number in change.items():
             counts[name] += number
+    counts["accepted"] += accepted
+    counts["pending"] += accepted
     return counts
 
 
 class _MemoryQueue:
-    """A bounded queue of lines, with the batch in flight at its head.
+    """A queue in memory, bounded by slots: a line takes one for each 16 KiB begun, so the bytes are bounded too.
 
     `queue.Queue` would take a lock in put(), which deadlocks when the garbage collector runs a ``__del__`` that tracks
-    while the lock is held. Here put() takes none: a list of free slots bounds the queue and a deque holds it, and each
-    of their steps is atomic. A record is accepted at the moment it is in the deque.
+    while the lock is held. Here put() of a usual line takes none: a list of free slots bounds the queue and a deque
+    holds it, and each of their steps is atomic. All else is done under the ledger's lock.
     """
 
-    is_durable = False  # whether what is not delivered at the end stays for the next process
-    rounds = float("inf")  # seconds between two calls of look_around()
+    is_durable = False
 
-    def __init__(self, max_size: int, clock: "Callable[[], float]") -> None:
-        self.ledger = _Ledger()  # its lock guards what follows, but for put(), whose steps are atomic
-        self._clock = clock
-        self._free: "List[None]" = [None] * max_size
-        self._waiting: "Deque[Tuple[float, bytes]]" = collections.deque()  # (when it came, line)
-        self.waiting = self._waiting.__len__  # how many records wait that are not in flight
-        self._inflight: "List[bytes]" = []
-        self._settled = 0
-        self._surrendered = False
-        self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; the worker reports them
+    def __init__(self, max_size: int, due_size: int, interval: float) -> None:
+        self.ledger = _Ledger()
+        self._max_size = max_size
+        self._due_size = due_size
+        self._interval = interval  # seconds
+        self._slots: "List[None]" = [None] * max_size  # the free ones
+        self._waiting: "Deque[Tuple[bytes, float]]" = collections.deque()  # (line, when it came)
+        # By number, counted in the order in which they came. Ordered, since settled is what came before the first.
+        self._inflight: "collections.OrderedDict[int, bytes]" = collections.OrderedDict()
+        self._taken = 0  # the number of the last one taken
+        self._closed = False
 
-    def put(self, line: bytes) -> bool:
-        """Accept *line*, or return False where the queue is full."""
+    def put(self, line: bytes) -> int:
+        # A handler may raise between any two of these steps. What tells how far it came is the queue itself: where the
+        # entry is in it, the record is accepted; where it is not, slots and ledger are as they were. `came` and `entry`
+        # are found again by identity, so that no other record of the same moment or text is taken for this one.
+        came, claimed = _CLOCK.now(), 0
+        entry = (line, came)
         try:
-            self._free.pop()
-        except IndexError:
-            return False
-        self._waiting.append((self._clock(), line))
-        return True
+            # One step as far as can be: a slot that is taken and not noted as claimed is lost.
+            claimed = self._slots.pop() is None if len(line) <= _SLOT else self._claim(self._size(line))
+            if not claimed:
+                return 0
+            self.ledger.add(came)  # first: nobody must see it settled and not accepted
+            self._waiting.append(entry)
+        except IndexError:  # no slot is free
+            return 0
+        except BaseException:  # out of a signal handler: undo what was done, but for what is in the queue
+            if not any(other is entry for other in _steady(lambda: list(self._waiting))):
+                self._slots.extend([None] * claimed)
+                self.ledger.withdraw(came)
+            raise
+        number = len(self._waiting) or 1  # the sender may have been quicker
+        return number if self._slots else max(number, self._due_size)
 
     def take_back(self, line: bytes) -> bool:
-        """Undo put(), unless *line* is on its way already."""
-        with self.ledger.lock:
-            for entry in list(self._waiting):
-                if entry[1] is line:
+        with self.ledger.lock:  # as take() and close() move lines: it is found in one place or is theirs
+            for entry in _steady(lambda: list(self._waiting)):
+                if entry[0] is line:
                     self._waiting.remove(entry)
-                    self._free.append(None)
+                    self._slots.extend([None] * self._size(line))
+                    self.ledger.add({"accepted": -1, "pending": -1})
                     return True
         return False
 
-    def take(self, most: int) -> int:
-        """Move up to *most* waiting records in flight and return their number."""
+    def take(self, most: int) -> "List[Item]":
+        items: "List[Item]" = []
+        waiting, inflight = self._waiting, self._inflight
         with self.ledger.lock:
-            number = 0 if self._surrendered else min(most, len(self._waiting))
-            self.ledger.add({"accepted": number, "pending": number})  # first: accepted() may be too high, never too low
-            self._inflight += [self._waiting.popleft()[1] for _ in range(number)]
-        return number
+            number = self._taken
+            while len(items) < most and waiting and not self._closed:
+                number, line = number + 1, waiting[0][0]
+                items.append((line, number))
+                inflight[number] = line  # first: what is settled may be told too low, never too high
+                self._taken = number
+                waiting.popleft()
+        return items
 
-    def head(self, number: int) -> "List[bytes]":
-        """Return the first *number* lines in flight."""
-        return self._inflight[:number]
-
-    def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
-        """Let go of the first *number* in flight: delivered, or rejected with *error*."""
+    def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         with self.ledger.lock:
-            if self._surrendered:  # and reported by whoever took them
+            if self._closed:  # what is in flight was counted and given back
                 return
-            if error is not None:
-                self.refusals.append(error)  # first: who sees it settled must see that it is to be reported
-            del self._inflight[:number]
-            self._settled += number
-            self._free.extend([None] * number)
-            self.ledger.add(_settled(number, error))
+            self.ledger.settle(len(items), error)
+            for _, number in items:
+                self._inflight.pop(number, None)
+            self._slots.extend([None] * sum(1 if len(line) <= _SLOT else self._size(line) for line, _ in items))
+
+    def due_at(self) -> float:
+        number = len(self._waiting)
+        if self._inflight or number >= self._due_size or number and not self._slots:
+            return 0.0
+        try:
+            return self._waiting[0][1] + self._interval
+        except IndexError:
+            return float("inf")
+
+    def mark(self) -> "Tuple[int, int]":
+        # No lock, since a signal handler may have interrupted who holds it. Read in this order, what is settled may be
+        # told too late and what was accepted one too high for a moment, never the other way round: take() notes a line
+        # in flight before it counts it as taken, and counts it before it leaves the others; settle() only removes.
+        taken = self._taken
+        try:
+            settled = next(iter(self._inflight), taken + 1) - 1
+        except RuntimeError:  # it was changed by another thread
+            return self.mark()
+        waiting = len(self._waiting)
+        return waiting + self._taken, settled
+
+    def close(self) -> "List[bytes]":
+        with self.ledger.lock:
+            if self._closed:
+                return []
+            self._closed = True  # and _inflight stays: it is not settled
+            left = list(self._inflight.values())
+            try:
+                while True:  # what comes after the last one, its put() takes back
+                    left.append(self._waiting.popleft()[0])
+            except IndexError:
+                pass
+            self.ledger.add(_outcome(len(left), "rejected"))
+        return left
 
     def disown(self) -> None:
-        """Let go of descriptors: there are none."""
+        """There are no descriptors."""
 
-    def surrender(self) -> "List[Record]":
-        """Give up all that is not delivered, counting it as rejected, and return it in order."""
+    def _size(self, line: bytes) -> int:
+        return min((len(line) + _SLOT - 1) // _SLOT, self._max_size)  # one larger than the queue goes in alone
+
+    def _claim(self, number: int) -> int:
+        """Take *number* slots or none; return how many. One thread at a time, lest two keep each other from enough."""
         with self.ledger.lock:
-            self.take(len(self._waiting))
-            left, self._inflight, self._surrendered = self._inflight, [], True
-            self.ledger.add(_settled(len(left), True))
-        return _records(left)
+            if len(self._slots) < number:
+                return 0
+            claimed: "List[None]" = []
+            try:
+                while len(claimed) < number:
+                    claimed.append(self._slots.pop())
+            except IndexError:  # others were quicker
+                self._slots.extend(claimed)
+                return 0
+        return number
 
-    def look_around(self) -> None:
-        """Look for records that others left: in memory there are none."""
 
-    def is_due(self, size: int) -> bool:
-        """Tell whether there is something to send whatever its age: *size* waiting, or what was tried before."""
-        return len(self._waiting) >= size or not self._free or bool(self._inflight)
+# Files that processes share. Each append locks the file, looks whether it is still the one at the path and ends with a
+# newline, writes, and unlocks it.
+#
+# - The lock is `flock`'s, which belongs to an open file and not to a process: two collecters of one process keep each
+#   other out as well. A forked child has the same open file, so an unlock by either unlocks it for both: that is why
+#   nobody leaves it to close(), and why a killed writer whose child lives blocks nobody for longer than its write.
+# - The look comes under the lock: who renames the file (`_RejectedLog`) holds it. The path is looked at, not the
+#   descriptor: a file that logrotate renamed is as good as before for who has it open.
+# - A write that fails is undone under the lock, by cutting the file to the size that it had; so no other's line can be
+#   behind it. Only a kill leaves a part of a line, and the next writer ends it.
 
-    def is_empty(self) -> bool:
-        return not self._waiting and not self._inflight
 
-    def oldest(self) -> float:
-        """Return when the oldest waiting record came."""
-        try:
-            return self._waiting[0][0]
-        except IndexError:
-            return self._clock()
+class _SharedFile:
+    """A file of lines that any number of processes append to; they take turns by a lock on it."""
 
-    def accepted(self) -> int:
-        """Return how many records were accepted; for a moment too many, while a batch is taken.
+    def __init__(self, path: str, mode: int, opener: "Callable[[str, int], int]") -> None:
+        self.path = path
+        self._mode = mode  # of a new file
+        self._open = opener
+        self._fd = -1
+        self._place = b""  # the path as the system has it: so it is looked up in less time
+        self._inode = (-1, -1)
+        self._end = 0  # where our last append ended: nothing came after it if the file still has that size
+        self._tried_at = -1.0  # when we tried in vain to lock it, since somebody held it for too long; else -1
 
-        No lock: flush() in a signal handler must not keep the sender waiting for the code that it interrupts.
+    def append(self, lines: bytes, note: "Callable[[], None]", patience: float = _LOCK_TIMEOUT) -> None:
+        """Append *lines* (whole ones) and call *note*, or raise OSError and leave no part of them.
+
+        *patience* is how many seconds to wait for other processes.
         """
-        waiting = len(self._waiting)  # first, so that none is missed
-        return waiting + self.ledger.stats()["accepted"]
+        try:
+            size = self._lock(patience)
+            if size != self._end and size > 0 and _read_at(self._fd, size - 1, 1) != b"\n":
+                lines = b"\n" + lines  # end the line that a killed writer left
+            _append(self._fd, size, lines, note)
+            self._end = size + len(lines)
+            _unlock_file(self._fd)
+        except BaseException:
+            self.close()  # and so unlock it
+            raise
+        if _register_at_fork is None:  # a child could keep the file open, and a lock on it
+            self.close()
 
-    def settled(self) -> int:
-        """Return how many of the accepted records, from the oldest, are delivered or refused."""
-        return self._settled
+    def take_back(self, lines: bytes) -> bool:
+        """Cut off *lines*, which were appended last; return False where another process has appended since."""
+        try:
+            start = max(0, self._lock(_LOCK_TIMEOUT) - len(lines))
+            is_last = _read_at(self._fd, start, len(lines)) == lines
+            if is_last:
+                os.ftruncate(self._fd, start)
+            return is_last
+        except OSError:
+            return False
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _lock(self, patience: float, attempts: int = 100) -> int:
+        """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
+        if self._fd < 0:
+            self._fd = self._open(self.path, self._mode)
+            self._inode, self._place, self._end = _inode(os.fstat(self._fd)), os.fsencode(self.path), 0
+        if self._tried_at >= 0:  # those who came meanwhile need not wait as well
+            patience = _SHORT_LOCK_TIMEOUT if _CLOCK.now() > self._tried_at + _SHORT_LOCK_TIMEOUT else 0.0
+        try:
+            _lock_file(self._fd, patience)
+        except BlockingIOError:
+            if self._tried_at >= 0 or patience >= _LOCK_TIMEOUT:
+                self._tried_at = _CLOCK.now()
+            raise
+        self._tried_at = -1.0
+        try:
+            now = os.stat(self._place)
+            if (now.st_dev, now.st_ino) == self._inode:
+                return now.st_size
+        except FileNotFoundError:
+            pass
+        self.close()
+        if not attempts:
+            raise OSError(errno.EBUSY, "renamed or deleted again and again")
+        return self._lock(patience, attempts - 1)
+
+
+def _open_lines(path: str, mode: int, opener: "Optional[Callable[[str, int, int], int]]" = None) -> int:
+    """Open a file for reading and appending by *opener*, making it and its directory where they are missing."""
+    opener, flags = opener or _open_regular, os.O_RDWR | os.O_APPEND | os.O_CREAT
+    try:
+        return opener(path, flags, mode)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), 0o777 if opener is _open_regular else 0o700, exist_ok=True)
+        return opener(path, flags, mode)
+
+
+def _open_regular(path: str, flags: int, mode: int = 0o600) -> int:
+    """Open a regular file, with no more done to it than *flags* (without O_TRUNC) say; a FIFO is not waited for."""
+    fd = os.open(path, flags | _OPEN_FLAGS, mode)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "it is not a regular file")
+
+
+_OPEN_FLAGS: int = sum(getattr(os, name, 0) for name in "O_NONBLOCK O_NOCTTY O_BINARY O_CLOEXEC".split())
+
+
+def _append(fd: int, size: int, data: bytes, note: "Callable[[], None]") -> None:
+    """Append all of *data* to a file of *size* bytes and call *note*, or leave the file as it was and raise.
+
+    A signal handler may raise at any moment, also when all is written: then what counts is how long the file is.
+    """
+    is_whole = False
+    try:
+        _write_all(fd, data)
+        is_whole = True
+    finally:
+        if is_whole or os.fstat(fd).st_size == size + len(data):
+            note()
+        else:
+            os.ftruncate(fd, size)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    """Write all of *data* at the end of a file, or raise OSError and leave no part of it."""
+    written = 0
+    try:
+        written = os.write(fd, data)  # mostly all
+        while written < len(data):
+            written += os.write(fd, data[written:])
+    except OSError:
+        os.ftruncate(fd, os.fstat(fd).st_size - written)
+        raise
+
+
+def _read_at(fd: int, offset: int, size: int) -> bytes:
+    os.lseek(fd, offset, os.SEEK_SET)  # appending does not mind
+    return os.read(fd, size)
+
+
+def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
+    """Lock an open file against other processes; BlockingIOError where they hold it for *patience* seconds."""
+    sleeper, deadline, pause = None, 0.0, 0.0  # sleeper: made where it is needed, most times it is not
+    while True:
+        try:
+            if fcntl is not None:
+                fcntl.flock(fd, _LOCK_NOW)
+            elif msvcrt is not None:
+                os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
+        if sleeper is None:
+            sleeper, deadline = threading.Lock(), _CLOCK.now() + patience
+            sleeper.acquire()
+        if _CLOCK.now() >= deadline:
+            waited = max(patience, _SHORT_LOCK_TIMEOUT)  # or somebody else did it, just now
+            raise BlockingIOError(errno.EAGAIN, "another process has held its lock for %g s" % waited)
+        _CLOCK.wait(sleeper, pause)
+        pause = min(2 * pause + 0.0005, 0.01)
+
+
+def _unlock_file(fd: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    elif msvcrt is not None:
+        os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+
+# Our own files: locks, spool files, the checkpoint, `rejected.log`. Their directory may be one that others can write to
+# (/tmp), so what lies at their place may be a trap: a link to somebody's key or shell file, a FIFO that never answers.
+
+
+def _open_own(path: str, flags: int, mode: int = 0o600, made: "Optional[Tuple[int, int]]" = None) -> int:
+    """Open a file of ours, with no more done to it than *flags* (without O_TRUNC) say; raise OSError where it is not.
+
+    What is checked is what was opened, so nobody can put another file there in between. *made*: which file it is, where
+    we made it and know: that one will do also with a second name, which backups give it.
+    """
+    try:
+        fd = _open_regular(path, flags | getattr(os, "O_NOFOLLOW", 0), mode)
+    except OSError as error:
+        if os.path.islink(path):
+            raise OSError(error.errno, "it is a link, which is not followed") from None
+        raise
+    found = os.fstat(fd)
+    if made is not None and _inode(found) != made:
+        problem = "it is not the file that was made there"
+    elif found.st_nlink > 1 and made is None:
+        problem = "it has a second name (a hard link)"
+    elif hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+        problem = "it belongs to another user (uid %d)" % found.st_uid
+    else:
+        return fd
+    os.close(fd)
+    raise OSError(errno.EPERM, problem)
+
+
+def _open_own_lines(path: str, mode: int) -> int:
+    return _open_lines(path, mode, _open_own)
+
+
+class _RejectedLog(_SharedFile):
+    """``rejected.log``: what will never be delivered, and why, for people to look at. Bounded, whatever comes.
+
+    Any number of processes append to it. Who finds it full renames it, holding its lock: the others notice, by its
+    identity, that the file at the path is another one. What does not fit or cannot be written is counted and told; it
+    is never a reason to stop, since a record that cannot be delivered must not hold up those that can. Not kept open:
+    it is seldom needed, and where it lies anybody may put another one.
+    """
+
+    def __init__(self, path: str, roll_size: int = _ROLL_SIZE) -> None:
+        super().__init__(path, 0o600, _open_own_lines)
+        self.roll_size = roll_size
+        self._coming = 0  # bytes that are about to be appended
+        self._lost: "Dict[str, int]" = {}  # why -> how many records are in none of the files, and it was not told yet
+        self._tell_at = 0.0
+
+    def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
+        """Append *lines*, each with a reason. Raises no OSError."""
+        entries: "List[bytes]" = []
+        size = 0
+        for line, reason in lines:
+            entry = self._entry(line, reason, are_damaged)
+            if entries and size + len(entry) > min(self.roll_size, _CHUNK):
+                self._write(entries)
+                entries, size = [], 0
+            entries.append(entry)
+            size += len(entry)
+        self._write(entries)
+
+    def warn(self, at_once: bool = False) -> None:
+        """Tell of records that are in none of the files, once a minute. Not for under a lock."""
+        if self._lost and (at_once or _CLOCK.now() >= self._tell_at):
+            self._tell_at = _CLOCK.now() + _WARN_EVERY
+            lost, self._lost = self._lost, {}
+            for why, number in lost.items():
+                _log("warning", "%d rejected records are no longer in %s: %s", number, _printable(self.path), why)
+
+    def _entry(self, line: "_Line", reason: str, is_damaged: bool) -> bytes:
+        place = json.dumps({"file": line.file, "line": line.number, "reason": reason})[:-1].encode("ascii")
+        if not is_damaged and len(place) + len(line.text) + 20 < self.roll_size:
+            return b'%s, "record": %s}\n' % (place, line.text.strip())
+        shown = {"record": line.text[:_SHOWN].decode("utf-8", "replace"), "length": line.length}
+        return place + b", " + json.dumps(shown)[1:].encode("ascii") + b"\n"
+
+    def _write(self, entries: "List[bytes]") -> None:
+        data, why = b"".join(entries), "it holds no more than %d bytes" % self.roll_size
+        self._coming = len(data)
+        try:
+            if len(data) <= self.roll_size:
+                self.append(data, lambda: None)
+                return
+        except OSError as error:
+            why = "it cannot be written: %s" % error
+        finally:
+            self.close()
+        self._lost[why] = self._lost.get(why, 0) + len(entries)
+
+    def _lock(self, patience: float, attempts: int = 100) -> int:
+        size = super()._lock(patience, attempts)
+        if not size or size + self._coming <= self.roll_size:
+            return size
+        older, oldest = self.path + ".1", self.path + ".2"
+        try:
+            number = _count_lines(oldest)
+            os.replace(older, oldest)
+            if number:
+                self._lost["the oldest file had to go"] = self._lost.get("the oldest file had to go", 0) + number
+        except FileNotFoundError:
+            pass
+        os.replace(self.path, older)
+        self.close()
+        return super()._lock(patience, attempts)
+
+
+def _count_lines(path: str) -> int:
+    """Return how many lines a file of ours has; 0 where there is none."""
+    try:
+        fd = _open_own(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return 0
+    with io.open(fd, "rb", buffering=0) as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK), b""))
+
+
+# Lines of files. A line queue takes lines from files, in order, and settles them in any order. The spool (files that we
+# write) and upload (files that others wrote) are line queues: they say which file comes next and where it is noted how
+# far that one is settled.
+#
+#   file --_Reader--> lines --_Source--> in flight --> delivered or refused: settled, noted; damaged: `rejected.log`
+#
+# - A _Reader cuts bytes into lines, in bounded memory whatever they are. It knows nothing of JSON.
+# - A _Source is one file: what is still to be read of it, which lines are in flight, and how far it is settled. That is
+#   an offset and the *holes* before it: a record on which the server chokes stands aside while those behind it are
+#   delivered, and after a stop it alone comes again.
+# - A _LineQueue hands out the lines, sets damaged ones aside (`_damage` alone tells which these are) and settles them.
+#
+# One lock, _reading, guards the sources. take(), settle() and close() hold it, never while a request is under way; it
+# is re-entrant, for a signal handler. An exception out of a signal handler may come anywhere: lines that take() has in
+# hand then are put back, and a reader that was interrupted is made anew where the lines in flight end.
+
+# A line as it is sent; the name of its file, its number there from 1, where it begins and ends there; how many bytes it
+# had (if more than it has, it was cut and is damaged); its source.
+_Line = collections.namedtuple("_Line", "text file number start end length source")
+
+_BLANK = b"\0\t\n\v\f\r\x1a \xef\xbb\xbf"  # what may stand before a record: NULs of a power cut, Ctrl-Z, a BOM
+
+
+class _Reader:
+    """Cuts what *read* returns into lines, without holding more than one of them and a chunk.
+
+    *open_at(offset)* returns what reads on from there: read(size) returns up to *size* bytes, none at the end. A line
+    ends with LF, CR or CRLF. What is blank is skipped by the million. Of a line that can be no record, by its length or
+    its first character, only the beginning is kept. Where *can_reopen*, a long line is looked at before it is kept.
+    """
+
+    def __init__(
+        self, open_at: "Callable[[int], Callable[[int], bytes]]", can_reopen: bool, start: "Tuple[int, int, float]"
+    ) -> None:
+        self.offset, self.number, self._end = start  # all before offset is handed out, or blank; where to stop
+        self._open_at = open_at
+        self.is_at_end = False
+        self._most_kept = _MAX_TAKEN if can_reopen else _MAX_LINE
+        self._read = open_at(self.offset)
+        self._kept = bytearray()  # of a line whose end is not read yet,
+        self._length = 0  # and how many bytes it has so far
+        self.found: "Any" = None  # the line that was looked at and is not taken yet
+        self.lines = self._cut()
+
+    def _cut(self) -> "Iterator[Any]":
+        """Yield (text, number, start, end, length) of each line; None after a chunk without any: that may take a while.
+
+        Only the last text may lack its newline.
+        """
+        place, chunk = self.offset, b"-"
+        while chunk:
+            chunk = self._read(int(min(_CHUNK, self._end - place)))
+            if chunk[-1:] == b"\r" and place + len(chunk) < self._end:
+                chunk += self._read(1)
+            place += len(chunk)
+            is_barren = bool(chunk)
+            for part in self._parts(chunk):
+                whole = self._length == 0 and part[-1:] in b"\r\n"
+                line = self._line(part, len(part)) if whole else self._lengthen(part)
+                if line is not None:
+                    is_barren = False
+                    yield line
+            if is_barren and not 0 < self._length <= _MAX_LINE:
+                yield None
+        if self._length:
+            yield self._end_line()
+        self.is_at_end = True
+
+    def _parts(self, chunk: bytes) -> "List[bytes]":
+        if not self._length and chunk == bytes(len(chunk)):  # by far the fastest way through a hole
+            self.offset += len(chunk)
+            return []
+        if not self._length and chunk[:1] != b"{":
+            blank = chunk[: len(chunk) - len(chunk.lstrip(_BLANK))]
+            blank = blank[: max(blank.rfind(b"\n"), blank.rfind(b"\r")) + 1]
+            self.offset += len(blank)
+            self.number += blank.count(b"\n") + blank.count(b"\r") - blank.count(b"\r\n")
+            chunk = chunk[len(blank) :]
+        return chunk.splitlines(True)
+
+    def _lengthen(self, part: bytes) -> "Any":
+        """Add *part* to the line that is not at its end; return it where it is now."""
+        if not self._length:
+            bare = part.lstrip(_BLANK)  # a hole in the file may be larger than memory
+            self.offset += len(part) - len(bare)
+            part = bare
+        elif self._kept[:1] != b"{" or len(self._kept) > self._most_kept:
+            del self._kept[_SHOWN:]
+        if len(self._kept) == self._length:
+            self._kept += part
+        self._length += len(part)
+        return self._end_line() if part[-1:] in (b"\n", b"\r") else None
+
+    def _end_line(self) -> "Any":
+        """Return the line that came piece by piece; a long one is read again, now that its length is known."""
+        kept, length = self._kept, self._length
+        self._kept, self._length = bytearray(), 0
+        if len(kept) < length <= _MAX_LINE and kept[:1] == b"{":
+            del kept[:]
+            read = self._open_at(self.offset)
+            while len(kept) < length:
+                kept += read(min(_CHUNK, length - len(kept))) or b"\n" * length  # it shrank: damaged, or blank
+        return self._line(bytes(kept), length)
+
+    def _line(self, text: bytes, length: int) -> "Any":
+        """Step over a line; return it, or None where it is blank."""
+        start = self.offset
+        self.offset, self.number = start + length, self.number + 1
+        if text[:1] != b"{":
+            blank = len(text) - len(text.lstrip(_BLANK))
+            text, start, length = text[blank:], start + blank, length - blank
+        return (text, self.number, start, self.offset, length) if text else None
+
+
+class _Source:
+    """One file of lines: what is still to be read of it, what is in flight, and how far it is settled."""
+
+    can_reopen = True  # whether open() may be called again, for what was read already
+
+    def __init__(self, name: str, position: "Any" = (0, 0, ())) -> None:
+        self.name = name
+        self.offset, self.number, holes = position  # where the last settled line ends, and how many end there
+        # What is to be read, in order: where a range begins, how many lines come before it, where it ends.
+        self.ranges: "List[Tuple[int, int, float]]" = [(start, number, end) for start, number, end in holes]
+        self.ranges.append((self.offset, self.number, float("inf")))
+        self.flight: "collections.OrderedDict[int, _Line]" = collections.OrderedDict()  # by where they begin, in order
+        self.is_read = False  # to its end, as far as that was there
+        self._reader: "Optional[_Reader]" = None  # of the first range
+
+    def open(self, offset: int) -> "Callable[[int], bytes]":
+        """Return what reads the file from *offset* on: read(size) as in `_Reader`. It may raise anything."""
+        raise NotImplementedError
+
+    def is_final(self, text: bytes) -> bool:
+        """Tell whether the last line, which has no newline, is all that there will be of it."""
+        return True
+
+    def next(self, room: float, taken: "Optional[List[Any]]" = None) -> "Optional[_Line]":
+        """Move one more line in flight, append it to *taken* and return it.
+
+        None: it has more than *room* bytes, or it was not found in a while, or the file is at its end (`is_read`).
+        """
+        reader = self._look()
+        if reader is None or len(reader.found[0]) > room:
+            return None
+        text, number, start, end, length = reader.found
+        line = _Line(text, self.name, number, start, end, length, self)
+        if taken is not None:
+            taken.append(line)  # first, lest an exception comes when it is in flight and nobody has it
+        self.flight[start] = line
+        self.ranges[0], reader.found = (end, number, self.ranges[0][2]), None
+        return line
+
+    def put_back(self, line: "_Line") -> None:
+        """Have *line*, the last one taken, come again."""
+        self.flight.pop(line.start, None)
+        self.ranges[0], self._reader = (line.start, line.number - 1, self.ranges[0][2]), None
+
+    def settle(self, line: "_Line") -> None:
+        del self.flight[line.start]
+        if line.end > self.offset:
+            self.offset, self.number = line.end, line.number
+
+    def position(self) -> "Tuple[int, int, List[Tuple[int, int, float]]]":
+        """Return up to where all is settled, and the holes in it; with too many of these, what comes before them."""
+        holes: "List[Tuple[int, int, float]]" = []
+        for line in self.flight.values():
+            if line.start >= self.offset:
+                break
+            if holes and holes[-1][2] == line.start:
+                holes[-1] = (holes[-1][0], holes[-1][1], line.end)
+            else:
+                holes.append((line.start, line.number - 1, line.end))
+            if len(holes) > _MAX_HOLES:
+                return holes[0][0], holes[0][1], []
+        if self.is_read and not self.flight:  # then what is blank at its end is done with, too
+            return self.ranges[0][0], self.ranges[0][1], []
+        return self.offset, self.number, holes + self.ranges[:-1]
+
+    def _look(self) -> "Optional[_Reader]":
+        """Return the reader, which has found the next line; None where it found none."""
+        reader, self._reader = self._reader, None  # what an exception interrupts is made anew
+        if reader is None:
+            reader = _Reader(self.open, self.can_reopen, self.ranges[0])
+        if reader.found is None:
+            reader.found = next(filter(None, itertools.islice(reader.lines, _BARREN)), None)
+        self.is_read = reader.found is None and reader.is_at_end
+        if self.is_read and len(self.ranges) > 1:
+            del self.ranges[0]
+            return self._look()
+        if self.is_read:
+            self.ranges[0] = (reader.offset, reader.number, float("inf"))
+        elif reader.found is not None and not self._is_whole(reader.found[0]):
+            self.is_read = True
+        if not self.is_read:
+            self._reader = reader
+        return None if self.is_read or reader.found is None else reader
+
+    def _is_whole(self, text: bytes) -> bool:
+        return bool(text[-1:] in (b"\n", b"\r") or len(self.ranges) > 1 or self.is_final(text))
+
+
+class _LineQueue:
+    """What the queues of lines of files share: taking, setting aside and settling, as `_Queue` has it."""
+
+    is_durable = True
+
+    def __init__(self, ledger: "_Ledger", rejected: "_RejectedLog") -> None:
+        self.ledger = ledger
+        self._rejected = rejected
+        self._reading = threading.RLock()
+        self._closed = False
+
+    # What a queue adds, all called under the lock
+
+    def _source(self) -> "Optional[_Source]":
+        """Return the file to read from now: the first that is not read to its end; None where there is none."""
+        raise NotImplementedError
+
+    def _count(self, lines: "List[Any]") -> None:
+        """Count *lines*, which are being taken, in the ledger, if they are not yet."""
+        raise NotImplementedError
+
+    def _note(self, sources: "List[_Source]") -> None:
+        """Note durably how far *sources* are settled. What raises here stays settled."""
+        raise NotImplementedError
+
+    def _advance(self) -> None:
+        """Called when lines are settled and counted."""
+
+    def _unreadable(self, source: "_Source", error: Exception) -> None:
+        """*source* cannot be read: see to it that _source() returns it no more, for now at least."""
+        raise NotImplementedError
+
+    def take(self, most: int) -> "List[Item]":
+        """As `_Queue` has it. Less than *most* may come also where there is more: in a while it looks no further."""
+        self._rejected.warn()
+        with self._reading:
+            taken: "List[Any]" = []
+            try:
+                damaged = [] if self._closed else self._take(most, taken)
+                if damaged:
+                    self._set_aside(damaged)
+                sound = [line for line in taken if line.start in line.source.flight] if damaged else taken
+                self._count(sound)
+                return sound
+            except BaseException:
+                for line in reversed(taken):
+                    line.source.put_back(line)
+                raise
+
+    def _set_aside(self, damaged: "List[Tuple[Any, str]]") -> None:
+        lines = [line for line, _ in damaged]
+        self._count(lines)
+        self._rejected.add(damaged, True)
+        self._settle(lines)
+        for line, reason in damaged:
+            text = line.text[:_SHOWN].decode("utf-8", "replace")
+            self.ledger.settle(1, AnalysysPythonSdkIllegalDataException(reason, [text]))
+        self._advance()
+
+    def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
+        with self._reading:
+            if self._closed:
+                return
+            if error is not None:
+                self._rejected.add([(item, str(error)) for item in items], False)
+            try:
+                self._settle(items)
+            finally:
+                self.ledger.settle(len(items), error)
+                self._advance()
+        self._rejected.warn()
+
+    def _take(self, most: int, taken: "List[Any]") -> "List[Tuple[_Line, str]]":
+        """Move lines in flight, append them to *taken* and return the damaged ones, each with the reason."""
+        damaged: "List[Tuple[_Line, str]]" = []
+        room, source = float(_MAX_TAKEN), self._source()
+        while source is not None and len(taken) < most and room > 0:
+            try:
+                line = source.next(room if taken else float("inf"), taken)
+            except Exception as error:  # gzip has many
+                self._unreadable(source, error)
+                room -= _SOURCE_COST
+                source = self._source()
+                continue
+            if line is None:
+                if not source.is_read:
+                    break
+                room -= _SOURCE_COST
+                source = self._source()
+                continue
+            room -= len(line.text)
+            what = _damage(line.text, line.length)
+            if what is not None:
+                damaged.append((line, "line %d of %s is %s" % (line.number, _printable(line.file), what)))
+                room -= 32 * min(len(line.text), _SHOWN) + _SOURCE_COST  # telling costs time and memory
+        return damaged
+
+    def _settle(self, lines: "List[Any]") -> None:
+        for line in lines:
+            line.source.settle(line)
+        self._note(list({id(line.source): line.source for line in lines}.values()))
+
+
+# The spool. The files of one process are an *owner*'s: NAME.lock, which it keeps locked while it lives and which says
+# how far each of the others is settled, and NAME.000001.log and so on, which it appends to and reads.
+#
+# - Who owns what: a claim is the process's, not the module's, of which there may be two copies in it. `fcntl.lockf`
+#   tells other processes apart, and a forked child does not inherit it; but to copies in one process it says yes, and
+#   closing *any* descriptor of a file drops the process's lock. So a file that this process has open already, by any
+#   copy, is not opened again: it is claimed here. A lock on the directory keeps two copies from looking at once.
+#   The process id in a name proves nothing: ids repeat, in containers all the time.
+# - An owner whose NAME.lock somebody removed makes it anew within a second, if it lives. Until then, and if it does not
+#   live, its files look abandoned, and must not stay for ever: whoever finds them makes the lock file and claims it.
+#   What tells the two cases apart is a second lock, `flock`, that a writer has on the file it writes. (It cannot be
+#   the first one: a child that was forked unnoticed inherits it and would keep the files of a dead owner.)
+# - `_own.writing` guards what put() changes: the file that is written. `_reading` guards all else, and is taken first.
+#   put() takes `writing` alone, so a record never waits for a look at leftovers or for a slow disk that is read.
+# - What is durable: a record when put() returns; that it is delivered, when settle() returns. Between the server's
+#   answer and that note lies the one moment in which a kill makes a batch come twice.
+# - What others may do to us: remove our files (noticed within a second: what cannot be read any more is rejected and
+#   told, and new files are made), leave traps among the leftovers (set aside, one warning each, nobody waits for them).
+
+
+def _open_files() -> "Set[Tuple[int, int]]":
+    """Return the identities of all files that this process has open."""
+    try:
+        descriptors: "Iterable[Any]" = os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")
+    except OSError:
+        descriptors = range(1024)
+    found = set()
+    for descriptor in descriptors:
+        try:
+            found.add(_inode(os.fstat(int(descriptor))))
+        except (OSError, ValueError):
+            pass
+    return found
+
+
+def _inode(found: "os.stat_result") -> "Tuple[int, int]":
+    return found.st_dev, found.st_ino
+
+
+def _alone(directory: str, work: "Callable[[], Any]") -> "Any":
+    """Return work(), which nobody else, in this process or another, calls for *directory* at the same time."""
+    if fcntl is None:
+        return work()
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        _hold(fd, 0.1)  # a file system without locks, or a child of a killed process that keeps one: hardly any harm
+        return work()
+    finally:
+        _unlock_file(fd)  # for children that inherited the descriptor, too
+        os.close(fd)
+
+
+def _hold(fd: int, patience: float) -> bool:
+    """Lock an open file as `_lock_file` does; return whether that was possible."""
+    try:
+        _lock_file(fd, patience)
+    except OSError:
+        return False
+    return True
+
+
+def _lock_forever(fd: int) -> bool:
+    """Lock an open file until this process ends or closes it; return whether no other process has it."""
+    try:
+        if fcntl is not None:
+            fcntl.lockf(fd, _LOCK_NOW)
+        elif msvcrt is not None:
+            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise
+        return False
+
+
+class _SpoolFile(_Source):
+    """A file of an owner."""
+
+    def __init__(self, path: str, owner: "_Owner", end: float, position: "Any" = (0, 0, ())) -> None:
+        super().__init__(os.path.basename(path), position)
+        self.owner = owner
+        self.end = end  # how far it is written, if we write it,
+        self.fd = -1  # with which descriptor, while it is the last one,
+        self.made: "Optional[Tuple[int, int]]" = None  # and which file that is
+        self.written = 0  # own records
+
+    @property
+    def path(self) -> str:
+        return os.path.join(os.path.dirname(self.owner.base), self.name)
+
+    def open(self, offset: int) -> "Callable[[int], bytes]":
+        def read(size: int) -> bytes:  # a descriptor that is kept would be a forked child's, too
+            nonlocal offset
+            fd = _open_own(self.path, os.O_RDONLY, made=self.made)
+            try:
+                chunk = _read_at(fd, offset, int(min(size, self.end - offset)))
+            finally:
+                os.close(fd)
+            offset += len(chunk)
+            return chunk
+
+        return read
+
+    def is_final(self, text: bytes) -> bool:
+        return self.end == float("inf")  # else a line that is not noted yet, by a call inside which another one came
+
+    def has_more(self) -> bool:
+        return self.ranges[0][0] < self.end if self.end < float("inf") else not self.is_read
+
+    def is_done(self) -> bool:
+        return not self.has_more() and not self.flight
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def is_gone(self) -> bool:
+        """Tell whether somebody removed, replaced or emptied it, which we write."""
+        end = self.end  # first: it grows while we look
+        try:
+            found = os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        return _inode(found) != self.made or found.st_size < end
+
+
+class _Owner:
+    """The spool files of one process, and the lock on them."""
+
+    def __init__(self, directory: str, name: str) -> None:
+        self.name = name
+        self.files: "List[_SpoolFile]" = []  # that are not wholly settled, the oldest first
+        self.aside: "List[_SpoolFile]" = []  # that cannot be read: they stay where they are, with the lock
+        self.base = os.path.join(directory, name)
+        self._lock_fd = -1
+
+    def claim(self, flags: int) -> bool:
+        """Lock the files, if nobody else has; raise OSError where that cannot be tried."""
+        fd = _open_own(self.base + ".lock", os.O_RDWR | flags)
+        try:
+            if _lock_forever(fd) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
+                self._lock_fd, fd = fd, self._lock_fd
+                self._take_room()
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        return self._lock_fd >= 0
+
+    def _take_room(self) -> None:
+        """See to it that a note finds room when the disk is full: what is delivered must not come again for that."""
+        try:
+            if not os.fstat(self._lock_fd).st_size:
+                os.write(self._lock_fd, b" " * _LOCK_SIZE + b"\n")
+        except OSError:  # it is full already
+            pass
+
+    def find(self, names: "List[str]") -> None:
+        """Take over files from an owner that is gone; *names* are those that it had, the oldest first."""
+        try:
+            text = _read_at(self._lock_fd, 0, _CHUNK).partition(b"\n")[0]
+            kept = json.loads(text.decode().strip() or "{}")
+        except (OSError, ValueError, RecursionError):
+            kept = None
+        for path in [os.path.join(os.path.dirname(self.base), name) for name in names]:
+            if os.path.lexists(path):
+                self.files.append(_SpoolFile(path, self, float("inf"), self._position(kept, path)))
+
+    def _position(self, kept: "Any", path: str) -> "Any":
+        """Return up to where a file is settled by what was *kept*; where that cannot be, its beginning."""
+        try:
+            offset, number, holes = kept.get(os.path.basename(path), (0, 0, []))
+            bounds = [0] + [int(bound) for start, _, end in holes for bound in (start, end)] + [int(offset)]
+            if bounds == sorted(bounds) and bounds[-1] <= os.lstat(path).st_size and int(number) >= 0:
+                return int(offset), int(number), [tuple(map(int, hole)) for hole in holes]
+        except (AttributeError, TypeError, ValueError, OverflowError, OSError):
+            pass
+        what = _printable(path), _printable(self.base)
+        _log("warning", "%s is delivered from its beginning: %s.lock does not fit it", *what)
+        return 0, 0, ()
+
+    def note(self) -> None:
+        """Remove the files that are done with, then note how far the others are settled."""
+        for file in self.files[:]:
+            if self.is_done(file):
+                self.files.remove(file)
+                _unlink(file.path)
+        files = self.files + self.aside
+        kept = json.dumps({file.name: file.position() for file in files if file.offset or file.ranges[0][0]})
+        os.lseek(self._lock_fd, 0, os.SEEK_SET)
+        if os.write(self._lock_fd, kept.encode("ascii") + b"\n") <= len(kept):
+            raise OSError(errno.ENOSPC, "there is no room")
+
+    def is_done(self, file: "_SpoolFile") -> bool:
+        return file.is_done()
+
+    def keep_lock(self) -> None:
+        """Make the lock file anew where somebody removed it."""
+        try:
+            if self._lock_fd < 0 or os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
+                return
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)
+        self.claim(os.O_CREAT)
+        self.note()
+
+    def end(self) -> None:
+        """Let go of what is left; whoever finds it may claim it. Where nothing is, leave no trace."""
+        if self._lock_fd >= 0 and not self.files and not self.aside:
+            _unlink(self.base + ".lock")
+        self.disown()
+
+    def disown(self) -> None:
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class _Writer(_Owner):
+    """The owner that this process is: its last file is written.
+
+    A call may come inside another one of the same thread, at any line (a ``__del__``, a signal handler), or end there
+    in an exception, or both. So nobody undoes more than a write of his own that failed, and where an exception came out
+    of the outermost call, it counts the lines anew that came since it began: those of inner calls are accepted.
+    """
+
+    def __init__(self, directory: str, max_bytes: int) -> None:
+        suffix = binascii.hexlify(os.urandom(4)).decode()
+        super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
+        self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
+        self.written = 0  # records
+        self.room = _Room(directory, self.name, max_bytes)
+        self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
+        self._is_torn = False  # a call ended in an exception: the file may hold more than was noted,
+        self._sound: "Tuple[float, int]" = (0, 0)  # since it had so many bytes and lines
+        self._numbers = itertools.count(1)  # of files; a step that no other call comes into
+
+    def append(self, lines: bytes, note: "Callable[[], None]") -> bool:
+        """Hand *lines* to the operating system, all or none; call *note* for each; return False where there is no room.
+
+        Under `writing`.
+        """
+        is_inner, self._is_busy = self._is_busy, True
+        try:
+            if not is_inner:
+                if self._is_torn:  # since it could not be mended at once
+                    self._mend(note)
+                if self.files:
+                    self._sound = (self.files[-1].end, self.files[-1].written)
+            # By what was noted, not by a stat, which costs a third of the call: whether somebody has changed the file
+            # is looked at once a second, and at the end.
+            size = self.files[-1].end if self.files and self.files[-1].fd >= 0 else -1
+            # An inner call leaves the file to the outer one, whose lines its end lacks: it would be done without them.
+            if size < 0 or size and size + len(lines) > self.room.roll_size and not is_inner:
+                if not self.room.is_left(sum(int(file.end) for file in self.files[:] if not file.is_done())):
+                    return False
+                self._roll()
+            file = self.files[-1]
+            _write_all(file.fd, lines)
+            for _ in range(lines.count(b"\n")):
+                self._note_line(file, note)
+            file.end += len(lines)  # after the notes: from here on they are taken
+            return True
+        except BaseException:
+            self._is_torn = True
+            raise
+        finally:
+            self._is_busy = is_inner
+            if self._is_torn and not is_inner:
+                self._mend(note)
+
+    def path(self) -> str:
+        """Return where the next record goes, for a message."""
+        return self.files[-1].path if self.files else self.base + ".*.log"
+
+    def is_done(self, file: "_SpoolFile") -> bool:
+        return file.is_done() and file.fd < 0
+
+    def drop(self, file: "_SpoolFile") -> "List[bytes]":
+        """Forget a file that is gone; return those of its lines that were not taken and still can be read."""
+        with self.writing:
+            start, left = file.ranges[0][0], b""
+            try:
+                left = _read_at(file.fd, start, int(min(file.end - start, _MAX_TAKEN)))
+            except OSError:  # it was closed, or its disk is gone
+                pass
+            file.close()
+            self.files.remove(file)
+            _unlink(file.path)  # what is left of it, where it was emptied
+        return left.splitlines(True)
+
+    def close(self) -> None:
+        """Write no more."""
+        with self.writing:
+            for file in self.files:
+                file.close()
+
+    def disown(self) -> None:
+        for file in self.files:
+            file.close()
+        super().disown()
+
+    def _note_line(self, file: "_SpoolFile", note: "Callable[[], None]") -> None:
+        file.written += 1
+        self.written += 1
+        note()
+
+    def _mend(self, note: "Callable[[], None]") -> None:
+        """Note the lines that calls left which ended in an exception, and cut off a part of one."""
+        size = self._size()
+        if size >= 0:
+            file, start, number = self.files[-1], int(self._sound[0]), self._sound[1]
+            added = _read_at(file.fd, start, max(0, size - start))
+            whole = added.rfind(b"\n") + 1
+            os.ftruncate(file.fd, start + whole)
+            for _ in range(number + added.count(b"\n") - file.written):
+                self._note_line(file, note)
+            file.end = start + whole
+        self._is_torn = False
+
+    def _size(self) -> int:
+        """Return the size of the file that is written; -1 where there is none, or somebody has changed it."""
+        if not self.files or self.files[-1].fd < 0:
+            return -1
+        end = self.files[-1].end  # first: another call may come in between
+        status = os.fstat(self.files[-1].fd)
+        return status.st_size if status.st_nlink and status.st_size >= end else -1
+
+    def _roll(self) -> None:
+        file = _SpoolFile("%s.%06d.log" % (self.base, next(self._numbers)), self, 0)
+        file.fd = _open_own_lines(file.path, 0o600)
+        file.made = _inode(os.fstat(file.fd))
+        _hold(file.fd, 0.0)  # until it is closed: see the head of this section
+        self._sound = (0, 0)
+        self.files.append(file)
+        for other in self.files[:-1]:
+            other.close()
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+class _Room:
+    """How much a spool directory may hold, by all processes together and with `rejected.log`.
+
+    The latter has its share whether it is there or not, so that it never takes the room of records. What others hold is
+    counted anew at a roll, but in no more than a fiftieth of the time: there may be many files.
+    """
+
+    def __init__(self, directory: str, own_name: str, most: int) -> None:
+        self.roll_size = max(1, min(_ROLL_SIZE, most // 4))
+        self.rejected_size = max(1, min(_ROLL_SIZE, most // 16))
+        self._directory = directory
+        self._own_name = own_name
+        self._most = most
+        self._others = self._rejected = 0  # bytes, when they were counted last
+        self._count_at = 0.0  # when to do so again
+
+    def is_left(self, own: int) -> bool:
+        """Tell whether there is room for another file, where our files hold *own* bytes."""
+        began = _CLOCK.now()
+        if began >= self._count_at:
+            self._count()
+            self._count_at = began + 50 * (_CLOCK.now() - began)
+        used = own + self._others
+        return not used or used + max(self._rejected, 3 * self.rejected_size) + self.roll_size <= self._most
+
+    def _count(self) -> None:
+        others = rejected = 0
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            names = []
+        for name in names:
+            is_rejected = name.startswith("rejected.log")
+            if is_rejected or re.fullmatch(_SPOOL_FILE, name) and not name.startswith(self._own_name):
+                try:
+                    found = os.lstat(os.path.join(self._directory, name))
+                except FileNotFoundError:
+                    continue
+                size = found.st_size * stat.S_ISREG(found.st_mode)
+                others, rejected = others + size * (not is_rejected), rejected + size * is_rejected
+        self._others, self._rejected = others, rejected
+
+
+class _Leftovers:
+    """The files of owners that are gone: adopts them, in the order of time, some at once.
+
+    The directory is listed anew only when all that was found is tried, since it may hold ten thousands. What an owner
+    wrote after that and before its end is found when its lock file is gone.
+    """
+
+    def __init__(self, directory: str, own_name: str) -> None:
+        self.adopted: "List[_Owner]" = []  # the oldest first
+        self.look_at = 0.0  # when to look again
+        self._directory = directory
+        self._own_name = own_name
+        self._found: "Deque[Tuple[str, List[str]]]" = collections.deque()  # owners to try, and names of their files
+        self._aside: "Set[str]" = set()  # names of owners whose files cannot be had
+
+    def look(self) -> bool:
+        """Adopt what is there, if it is time to; return whether anything was."""
+        if _CLOCK.now() < self.look_at or len(self.adopted) >= _MOST_ADOPTED:
+            return False
+        self.look_at = _CLOCK.now() + _LOOK_EVERY
+        number = len(self.adopted)
+        try:
+            if not self._found:
+                self._list()
+            if self._found:
+                _alone(self._directory, self._adopt)
+        except OSError:  # no descriptor is free, say
+            pass
+        return len(self.adopted) > number
+
+    def set_aside(self, name: str, path: str, error: object) -> None:
+        self._aside.add(name)
+        _log("warning", "%s is set aside, it cannot be delivered: %s", _printable(path), error)
+
+    def _list(self) -> None:
+        owners: "Dict[str, List[str]]" = {}
+        for name in os.listdir(self._directory):
+            if re.fullmatch(_SPOOL_FILE, name):
+                owners.setdefault(name.partition(".")[0], []).append(name)
+            elif re.fullmatch(_SPOOL_LOCK, name):
+                owners.setdefault(name.partition(".")[0], [])
+        self._aside.intersection_update(owners)
+        not_for_us = self._aside.union([self._own_name], (owner.name for owner in self.adopted))
+        found = [item for item in owners.items() if item[0] not in not_for_us]
+        self._found.extend(sorted(found, key=lambda item: (int(item[0].split("-")[0]), item[0])))
+
+    def _adopt(self) -> None:
+        held = _open_files()
+        while self._found:
+            if len(self.adopted) >= _MOST_ADOPTED:
+                self.look_at = 0.0  # as soon as these are done
+                break
+            name, files = self._found.popleft()
+            files.sort(key=lambda file: int(file.split(".")[-2]))
+            owner = _Owner(self._directory, name)
+            try:
+                if self._claim(owner, files, held):
+                    owner.find(files)
+                    self.adopted.append(owner)
+            except FileNotFoundError:  # others have delivered them meanwhile
+                pass
+            except OSError as error:
+                if error.errno in _NO_DESCRIPTORS:
+                    self._give_back()
+                    break
+                self.set_aside(name, os.path.join(self._directory, name), error)
+
+    def _claim(self, owner: "_Owner", files: "List[str]", held: "Set[Tuple[int, int]]") -> bool:
+        """Claim what nobody has: not this process either, and where there is no lock file, nobody who writes."""
+        try:
+            return _inode(os.lstat(os.path.join(self._directory, owner.name + ".lock"))) not in held and owner.claim(0)
+        except FileNotFoundError:
+            if not files:
+                raise
+        fd = _open_own(os.path.join(self._directory, files[-1]), os.O_RDONLY)
+        try:
+            return _hold(fd, 0.0) and owner.claim(os.O_CREAT)
+        finally:
+            os.close(fd)
+
+    def _give_back(self) -> None:
+        """No descriptor is free: leave the program some of ours."""
+        self._found.clear()
+        for owner in self.adopted[len(self.adopted) // 2 :]:
+            if not any(file.offset or file.flight for file in owner.files + owner.aside):
+                self.adopted.remove(owner)
+                owner.disown()
+        if self.adopted:
+            self.look_at = 0.0  # as soon as these are done
+
+
+class _Tally:
+    """How far this process's own records are taken and settled, counted from the oldest: what flush() waits for."""
+
+    def __init__(self, due_size: int, interval: float) -> None:
+        self.taken = self.settled = 0
+        self.since = 0.0  # when the oldest record came that waits, or before
+        self._due_size = due_size
+        self._interval = interval
+        self._order: "Deque[Any]" = collections.deque()  # lines that were taken, and numbers of lines that are lost
+
+    def take(self, lines: "List[Any]") -> None:
+        self._order.extend(lines)
+        self.taken += len(lines)
+
+    def lose(self, number: int) -> None:
+        self._order.append(number)
+        self.taken += number
+
+    def advance(self) -> None:
+        """Look anew for the oldest line that is in flight: all before it are settled."""
+        while self._order:
+            first = self._order[0]
+            is_line = isinstance(first, tuple)
+            if is_line and first.start in first.source.flight:
+                break
+            self._order.popleft()
+            self.settled += 1 if is_line else first
+
+    def due_at(self, written: int) -> float:
+        waiting = written - self.taken
+        if self._order or waiting >= self._due_size:
+            return 0.0
+        return self.since + self._interval if waiting > 0 else float("inf")
+
+
+class _Spool(_LineQueue):
+    """A queue on disk: what this process wrote, after what ended ones left."""
+
+    def __init__(self, directory: str, max_bytes: int, due_size: int, interval: float) -> None:
+        self._own = _Writer(directory, max_bytes)
+        path = os.path.join(directory, "rejected.log")
+        super().__init__(_Ledger("adopted"), _RejectedLog(path, self._own.room.rejected_size))
+        self._leftovers = _Leftovers(directory, self._own.name)
+        self._tally = _Tally(due_size, interval)
+        self._notice_at = 0.0  # when to look again at our files and for others'
+        self._warn_at = 0.0  # when to warn again of a disk that fails us
+        self._echoes: "Set[bytes]" = set()  # lines that on_error tracked
+        try:
+            _check_directory(directory)
+            if not _alone(directory, lambda: self._own.claim(os.O_CREAT | os.O_EXCL)):
+                raise OSError(errno.EBUSY, "another process took a file that was just made")
+        except (OSError, ValueError) as error:  # ValueError: a path that the file system's encoding cannot hold
+            raise _unwritable(directory, error) from error
+
+    def put(self, line: bytes) -> int:
+        own = self._own
+        with own.writing:
+            if self._closed:
+                raise _closed()
+            if own.written == self._tally.taken:
+                self._tally.since = _CLOCK.now()
+            if type(line) is _Echo:
+                self._echoes.add(bytes(line))
+            try:
+                if not own.append(line, self._note_accepted):
+                    return 0
+            except OSError as error:
+                raise _unwritable(own.path(), error, [line]) from error
+            return max(1, own.written - self._tally.taken)
+
+    def _note_accepted(self) -> None:
+        self.ledger.add(_ACCEPTED)
+
+    def take_back(self, line: bytes) -> bool:
+        return False  # what is on disk will be delivered
+
+    def take(self, most: int) -> "List[Item]":
+        items: "List[Any]" = super().take(most)
+        if not items:
+            self._tally.since = _CLOCK.now()  # nothing could be had: do not come back at once
+        for place, item in enumerate(items) if self._echoes else ():
+            if item.text in self._echoes:
+                self._echoes.discard(item.text)
+                items[place] = item._replace(text=_Echo(item.text))
+        return items
+
+    def due_at(self) -> float:
+        """As `_Queue` has it. Once a second it also looks at our files, and every few seconds for others'."""
+        now = _CLOCK.now()
+        if now >= self._notice_at:
+            self._notice_at = now + _NOTICE_EVERY
+            self._notice()
+        return 0.0 if self._leftovers.adopted else self._tally.due_at(self._own.written)
+
+    def mark(self) -> "Tuple[int, int]":
+        settled = self._tally.settled  # first, so that it is never more than what was written
+        return self._own.written, settled
+
+    def close(self) -> "List[bytes]":
+        with self._reading:
+            if not self._closed:
+                self._notice(True)
+                with self._own.writing:
+                    self._closed = True
+                self._own.close()
+                self._note_owner(self._own)
+                for owner in self._leftovers.adopted + [self._own]:
+                    owner.end()
+        self._rejected.warn(True)
+        return []
+
+    def disown(self) -> None:
+        for owner in [self._own] + self._leftovers.adopted:
+            owner.disown()
+
+    # What the lines are taken from
+
+    def _source(self) -> "Optional[_Source]":
+        source = self._leftover()
+        if source is None and self._leftovers.look():
+            source = self._leftover()
+        for file in self._own.files[:] if source is None else ():
+            if file.has_more() and not file.is_gone():
+                return file
+            if file.has_more():
+                self._lose(file)
+        return source
+
+    def _leftover(self) -> "Optional[_SpoolFile]":
+        for owner in self._leftovers.adopted[:]:
+            for file in owner.files:
+                if file.has_more():
+                    return file
+            if any(map(owner.is_done, owner.files)):
+                self._note_owner(owner)
+            if not owner.files and not any(file.flight for file in owner.aside):
+                self._leftovers.adopted.remove(owner)
+                owner.end()
+        return None
+
+    def _count(self, lines: "List[Any]") -> None:
+        own = [line for line in lines if line.source.owner is self._own]
+        self._tally.take(own)
+        adopted = len(lines) - len(own)
+        if adopted:
+            self.ledger.add({"adopted": adopted, "pending": adopted})
+
+    def _note(self, sources: "List[Any]") -> None:
+        for owner in {id(file.owner): file.owner for file in sources}.values():
+            self._note_owner(owner)
+
+    def _note_owner(self, owner: "_Owner") -> None:
+        try:
+            owner.note()
+        except OSError as error:
+            self._warn("cannot note in %s.lock what is delivered, it may come twice: %s", owner.name, error)
+
+    def _warn(self, message: str, *values: object) -> None:
+        """Warn of a disk that fails us, once a minute."""
+        if _CLOCK.now() >= self._warn_at:
+            self._warn_at = _CLOCK.now() + _WARN_EVERY
+            _log("warning", message, *values)
+
+    def _advance(self) -> None:
+        self._tally.advance()
+
+    def _unreadable(self, source: "Any", error: Exception) -> None:
+        is_own = source.owner is self._own
+        if getattr(error, "errno", None) in _NO_DESCRIPTORS or is_own and not source.is_gone():
+            raise error  # another time
+        if is_own:
+            self._lose(source)
+            return
+        source.owner.files.remove(source)
+        source.owner.aside.append(source)
+        self._leftovers.set_aside(source.owner.name, source.path, error)
+
+    def _notice(self, at_the_end: bool = False) -> None:
+        """See whether somebody removed our files, and look for others', unless lines are being taken just now."""
+        if not self._reading.acquire(False):
+            return
+        try:
+            if not self._closed:
+                self._lose_what_is_gone(at_the_end)
+                for owner in [] if at_the_end else [self._own] + self._leftovers.adopted:
+                    owner.keep_lock()
+                if not at_the_end:
+                    self._leftovers.look()
+        except OSError as error:
+            self._warn("cannot look after the spool of %s.lock: %s", self._own.name, error)
+        finally:
+            self._reading.release()
+
+    def _lose_what_is_gone(self, at_the_end: bool) -> None:
+        for file in [file for file in self._own.files if file.is_gone()]:
+            self._lose(file)
+            if at_the_end and file.flight:  # else the server may have them yet
+                reason = "%s was removed by somebody" % _printable(file.path)
+                lines: "List[Any]" = list(file.flight.values())
+                records = _records([line.text for line in lines])
+                self.settle(lines, AnalysysPythonSdkIllegalDataException(reason, records))
+
+    def _lose(self, file: "_SpoolFile") -> None:
+        """Count as rejected what was in an own file that is gone, but for what is in flight."""
+        left = self._own.drop(file)
+        lost = file.written - file.ranges[0][1]
+        if lost > 0:
+            reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
+            self.ledger.settle(lost, AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost])))
+            self._tally.lose(lost)
+            self._tally.advance()
+
+
+def _check_directory(path: str) -> None:
+    """Make a directory for files of ours; raise OSError where it is another user's."""
+    os.makedirs(path, 0o700, exist_ok=True)
+    for status in (os.lstat(path), os.stat(path)) if hasattr(os, "geteuid") else ():
+        if status.st_uid not in (os.geteuid(), 0):
+            raise OSError(errno.EPERM, "the directory belongs to another user (uid %d)" % status.st_uid)
+    if hasattr(os, "geteuid") and status.st_mode & stat.S_IWOTH and path not in _WARNED:
+        _WARNED.add(path)
+        _log("warning", "everybody may write to the directory %s: others can remove what is in it", _printable(path))
+
+
+_WARNED: "Set[str]" = set()  # directories that were warned of, once a process
+
+
+########################################################################################################################
+# Sender: the one place that decides what an answer means for a batch: delivered, retry, split, refused for good
+#
+# The sender takes items from a queue and holds them as *parts*, each the items of one request, in the order in which
+# they came. One thread at a time calls attempt(), which sends one part; whose turn it is, the state decides. It needs
+# no lock: nobody else changes the parts, and what is settled, the queue counts under its own.
+#
+# A part that the server refuses is cut in halves until the offending record stands alone. A part on which the server
+# *chokes* (it has the data and fails) may be at fault, or the server may be down; who can tell? So a part of several
+# is cut after some failures and the order is kept; a record that stands alone then steps aside, and one part behind it
+# is tried at once: if that gets through, the server is up, and the parts behind it follow; if not, both wait. After the
+# back-off the first part is tried before another one behind it: in an outage all goes on in order. What has stood
+# alone, has failed often, and saw others get through meanwhile, is given up.
+########################################################################################################################
+
+
+class _Outage:
+    """Since when and why the server fails, and when to try again. Changed by who sends; read by anybody."""
+
+    def __init__(self) -> None:
+        import random
+
+        self.since: "Optional[float]" = None  # `_CLOCK`; None while the last attempt succeeded
+        self.not_before = 0.0  # end of the back-off
+        self.reason = ""  # of the last failure
+        self._was_answered = False  # the server was up once
+        self._failures = 0  # in a row
+        self._next_warning = 0.0
+        self._next_cut = 0.0
+        self._random = random.Random()  # its own seed, also in a forked child
+
+    def failed(self, reason: str, wait: "Optional[float]" = None) -> None:
+        """Note a failure, and when to try again: after *wait* seconds (0: at once), or a back-off with full jitter."""
+        now = _CLOCK.now()
+        self._failures += 1
+        self.reason = reason
+        if self.since is None:
+            self.since = self._next_warning = now
+        if wait is None:
+            longest = min(_LAST_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._failures - 1, 20))
+            wait = self._random.uniform(_FIRST_BACKOFF, longest)
+        self.not_before = now + wait
+
+    def ease(self) -> None:
+        """Begin anew with short back-offs: what is sent next is another request."""
+        self._failures = 0
+
+    def over(self) -> None:
+        self._failures, self.since, self.not_before, self._was_answered = 0, None, 0.0, True
+
+    def cut(self) -> None:
+        """End a back-off now, though not too often."""
+        now = _CLOCK.now()
+        if now >= self._next_cut:
+            self._next_cut = now + _CUT_EVERY
+            self.not_before = 0.0
+
+    def state(self) -> str:
+        """Say why records wait."""
+        since = self.since  # once: it may be over meanwhile
+        if since is None:
+            return "the server answers, it is not their turn yet" if self._was_answered else "no answer has come yet"
+        return "the server has been failing for %.1f s (%s)" % (_CLOCK.now() - since, self.reason)
+
+    def warn(self, pending: int) -> None:
+        """Log an outage when it begins, then once a minute; none that keeps nobody waiting: close() may have come."""
+        now = _CLOCK.now()
+        if pending and now >= self._next_warning:
+            self._next_warning = now + _WARN_EVERY
+            _log("warning", "analysys: %d records wait, %s, trying again", pending, self.state())
+
+
+class _Part:
+    """Items that go out in one request, and how the server choked on them."""
+
+    def __init__(self, items: "List[Item]", overtaken: "Optional[bool]" = None) -> None:
+        self.items = items
+        self.failures = 0  # in a row, of this very part
+        self.overtaken = overtaken  # whether others got through since its first failure; None: it never failed
+
+    def stands_aside(self) -> bool:
+        """Tell whether it is a record alone, on which the server choked so often that others go first."""
+        return len(self.items) == 1 and (self.failures >= _CUT_AFTER or bool(self.overtaken))
+
+    def cut(self, number: int) -> "List[_Part]":
+        """Return it in two parts, the first of *number* items."""
+        return [_Part(items, self.overtaken) for items in (self.items[:number], self.items[number:])]
+
+
+class _Sender:
+    """Sends what a queue holds, in order, one request an attempt()."""
+
+    def __init__(self, transport: "_Transport", queue: "_Queue", most: int, timeout: float) -> None:
+        self.most = most  # records a request
+        self.timeout = timeout  # seconds a request
+        self.outage = _Outage()
+        self._transport = transport
+        self._queue = queue
+        self._parts: "List[_Part]" = []
+        self._next = 0  # which part comes next
+        self._probe = 1  # which part is tried next where the first one failed
+        self._limit = sys.maxsize  # records a request, learned from 413
+
+    def attempt(self, timeout: "Optional[float]" = None) -> None:
+        """Send one part, if there is any, within *timeout* seconds; settle, cut or keep it."""
+        part = self._turn_to_next()
+        if part is None:
+            return
+        if self.outage.since is not None:
+            self._queue.ledger.add({"retries": 1})
+        lines = [item[0] for item in part.items]
+        verdict = _ask(self._transport, self._queue.ledger, lines, self.timeout if timeout is None else timeout)
+        if verdict.kind == _RETRY:
+            self._next = 0
+            self.outage.failed(verdict.reason, verdict.wait)
+        elif verdict.kind == _CHOKED:
+            self._choked(part, verdict)
+        else:
+            was_up = self.outage.since is None
+            self.outage.over()
+            self._answered(part, verdict)
+            if not was_up:  # a probe may have got through: now in order
+                self._next = 0
+
+    def sweep(self) -> None:
+        """Close connections that are idle for too long, or dead."""
+        self._transport.sweep()
+
+    def close(self) -> None:
+        """Close idle connections; one in use closes when its answer is there."""
+        self._transport.close()
+
+    def disown(self) -> None:
+        """Let go, in a forked child, of the parent's connections."""
+        self._transport.disown()
+
+    def _turn_to_next(self) -> "Optional[_Part]":
+        """Return the part to send, taking more from the queue where all that is in flight stands aside."""
+        if all(part.stands_aside() for part in self._parts) and len(self._parts) < _MOST_ASIDE:
+            items = self._queue.take(self.most)
+            if items:
+                self._parts.append(_Part(items))
+        if not self._parts:
+            return None
+        if self._next >= len(self._parts):
+            self._next = 0
+        part = self._parts[self._next]
+        if len(part.items) > self._limit:
+            part = self._cut(part, self._limit)
+        return part
+
+    def _cut(self, part: "_Part", number: int) -> "_Part":
+        """Cut *part* in two where it stands, and return the first of them."""
+        at = self._parts.index(part)
+        self._parts[at : at + 1] = part.cut(number)
+        return self._parts[at]
+
+    def _answered(self, part: "_Part", verdict: "_Verdict") -> None:
+        size = len(part.items)
+        if verdict.kind == _DELIVERED:
+            self._settle(part)
+            for other in self._parts:
+                if other.overtaken is False:  # the server is up: failures of an outage count no longer
+                    other.overtaken, other.failures = True, min(other.failures, 1)
+        elif size > 1:
+            if verdict.kind == _TOO_LARGE:
+                self._limit = size // 2
+            part.overtaken = None  # the server has answered: what it failed on before says nothing about the halves
+            self._cut(part, size // 2)
+        else:
+            if self._limit == 1:  # it was this record that was too large, not the number of them
+                self._limit = sys.maxsize
+            self._refuse(part, "refused for good: " + verdict.reason)
+
+    def _choked(self, part: "_Part", verdict: "_Verdict") -> None:
+        """The server has *part* and fails, which may be the fault of either."""
+        was_up, at = self.outage.since is None, self._parts.index(part)
+        part.failures += 1
+        part.overtaken = bool(part.overtaken)
+        wait, self._next = verdict.wait, 0
+        if len(part.items) > 1:
+            self._probe = at or 1
+            if part.failures >= _CUT_AFTER:
+                self._cut(part, len(part.items) // 2)
+                self.outage.ease()
+        elif part.failures >= _GIVE_UP_AFTER and part.overtaken:
+            self._refuse(part, "given up: others get through, but on this record the server fails: " + verdict.reason)
+            self.outage.over()
+            return
+        elif (was_up or at == 0) and not part.stands_aside():
+            self._next = at  # it may be the server's fault: the order is kept, for now
+        else:
+            behind = at + 1 if at or self._probe >= len(self._parts) else self._probe
+            if (was_up or at == 0) and behind < len(self._parts):
+                self._next, wait = behind, wait or 0.0
+            elif at:
+                self._probe = at + 1
+        self.outage.failed(verdict.reason, wait)
+
+    def _settle(self, part: "_Part", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
+        self._queue.settle(part.items, error)
+        self._next, self._probe = self._parts.index(part), 1  # next comes what stood behind it
+        del self._parts[self._next]
+
+    def _refuse(self, part: "_Part", reason: str) -> None:
+        lines = [item[0] for item in part.items]
+        error = AnalysysPythonSdkIllegalDataException(reason, _records(lines))
+        error.is_echo = any(isinstance(line, _Echo) for line in lines)
+        self._settle(part, error)
+
+
+def _ask(transport: "_Transport", ledger: "_Ledger", lines: "List[bytes]", timeout: float) -> "_Verdict":
+    """Send *lines* in one request and say what became of them. Raises no error. Any thread may call it."""
+    text = _array(lines)
+    ledger.add({"requests": 1})
+    verdict = transport.ask(_pack(text), timeout)
+    if b'"$debug":1' in text or b'"$debug":2' in text:
+        _log("info", "answer for %d records: %s, %s", len(lines), verdict.kind, verdict.reason)
+    if verdict.kind == _TOO_LARGE and len(lines) == 1:
+        return verdict._replace(kind=_REFUSED)
+    return verdict
+
+
+########################################################################################################################
+# States and collecters: what a collecter has in one process, and thin compositions of the parts above
+########################################################################################################################
+
+
+if TYPE_CHECKING:
+
+    class _State(Protocol):
+        """What a collecter has in one process. A forked child makes its own and disowns its parent's."""
+
+        pid: int  # of the process whose it is
+        on_error: "OnError"  # who is told, at exit, of what is not delivered; None: the log
+
+        @property
+        def closed(self) -> bool:
+            """Whether it takes no more records."""
+
+        def put(self, line: bytes, urgent: bool) -> None:
+            """Accept *line*, and see to it that it is delivered, at once where it is *urgent*; or raise."""
+
+        def flush(self, timeout: "Optional[float]") -> None:
+            """Return when all that was accepted is settled; raise where it is not within *timeout* seconds."""
+
+        def close(self, timeout: "Optional[float]") -> None:
+            """Take no more, flush, end; raise with what is not delivered. Again: goes on where it was interrupted."""
+
+        def stats(self) -> "Dict[str, int]":
+            """Return the counts; they balance."""
+
+        def hurry(self) -> None:
+            """Make all that waits due, and cut a back-off short. Waits for nothing."""
+
+        def abandon(self) -> None:
+            """The collecter is gone: deliver what is left, in the background or at exit, then end."""
+
+        def disown(self) -> None:
+            """Close, in a forked child, the descriptors of the parent. Takes no lock."""
+
+
+class _Signal:
+    """Wakes threads that wait for a condition. Takes no lock, so that __del__ and signal handlers may notify.
+
+    Each wait makes a lock of its own, so it is of the kind that the thread can wait for, whatever was patched since.
+    """
+
+    def __init__(self) -> None:
+        self._sleepers: "Deque[Any]" = collections.deque()  # a locked lock each; whoever takes one out releases it
+        self.threshold = 1  # of how many things that wait one more is worth a notify()
+
+    def wait_for(self, condition: "Callable[[], Any]", deadline: float) -> bool:
+        """Return whether *condition* came true before *deadline* (`_CLOCK`; infinity for none)."""
+        while True:
+            sleeper = threading.Lock()
+            sleeper.acquire()
+            self._sleepers.append(sleeper)  # before looking, so that no change is missed
+            try:
+                if condition():
+                    return True
+                left = deadline - _CLOCK.now()
+                if left <= 0:
+                    return False
+                _CLOCK.wait(sleeper, left)
+            finally:
+                try:
+                    self._sleepers.remove(sleeper)
+                except ValueError:
+                    pass
+
+    def notify(self) -> None:
+        """Let all waiting threads look at their conditions again."""
+        try:
+            while True:
+                self._sleepers.popleft().release()
+        except IndexError:
+            pass
+
+
+class _Direct:
+    """The state of a DefaultCollecter: no queue, one attempt in the caller's thread.
+
+    While connections are kept, and nobody may ever call again, a thread waits for them to grow old. It ends with the
+    last of them: the calls start it, and one that comes as it ends is seen by its last look. And it ends at exit, where
+    hooks that run later may still track: a subinterpreter that ends with a thread ends the whole process.
+    """
+
+    on_error = None
+
+    def __init__(self, url: str, request_timeout: float, ssl_context: "Any", headers: "Dict[str, str]") -> None:
+        self.pid = os.getpid()
+        self.closed = False
+        self._timeout = request_timeout
+        self._ledger = _Ledger()
+        self._transport = _Transport(url, ssl_context, headers)
+        self._is_watched = False  # by that thread
+        self._thread: "Optional[threading.Thread]" = None
+        self._ended = _Signal()
+
+    def put(self, line: bytes, urgent: bool) -> None:
+        if self.closed:
+            raise _closed()
+        self._ledger.add(_ACCEPTED)
+        verdict = None
+        try:
+            verdict = _ask(self._transport, self._ledger, [line], self._timeout)
+        finally:
+            is_delivered = verdict is not None and verdict.kind == _DELIVERED
+            self._ledger.add(_outcome(1, "delivered" if is_delivered else "rejected"))
+        self._watch()
+        if verdict.kind == _REFUSED:
+            raise AnalysysPythonSdkIllegalDataException("refused for good: " + verdict.reason, [_decode(line)])
+        if not is_delivered:
+            raise AnalysysPythonSdkNetworkException("not delivered: " + verdict.reason, [_decode(line)])
+
+    def flush(self, timeout: "Optional[float]") -> None:
+        """Nothing waits: each call returns after its record is delivered."""
+
+    def close(self, timeout: "Optional[float]") -> None:
+        self.closed, thread = not self._is_exit(), self._thread
+        self._transport.close()
+        self._ended.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
 
     def stats(self) -> "Dict[str, int]":
-        with self.ledger.lock:
-            waiting = len(self._waiting)
-            counts = self.ledger.stats()
-        counts["accepted"] += waiting
-        counts["pending"] += waiting
-        return counts
+        return self._ledger.stats()
+
+    def hurry(self) -> None:
+        """Nothing waits."""
+
+    def abandon(self) -> None:
+        self.close(0)
+
+    def disown(self) -> None:
+        self._transport.disown()
+
+    def _is_exit(self) -> bool:
+        return not _HOOKS.get(self.pid, True)
+
+    def _is_over(self) -> bool:
+        return self.closed or self._is_exit()
+
+    def _watch(self) -> None:
+        if self._is_watched or self._transport.sweep() is None or not _threads_run() or not _register(self):
+            return
+        self._is_watched = True
+        try:
+            thread = threading.Thread(target=self._sweep, name="analysys-sweeper", daemon=True)
+            thread.start()
+            self._thread = thread
+        except BaseException as error:  # no more threads, or a signal handler's: the next call tries again
+            self._is_watched = False
+            if not isinstance(error, (RuntimeError, MemoryError)):
+                raise
+
+    def _sweep(self) -> None:
+        left = self._transport.sweep()
+        while left is not None and not self._is_over():
+            self._ended.wait_for(self._is_over, _CLOCK.now() + min(left, _LOOK_EVERY))  # some die sooner
+            left = self._transport.sweep()
+        self._is_watched = False
+        _OPEN.discard(self)
+        if not self.closed:
+            self._watch()
+
+
+class _Turn:
+    """Whose turn it is to send and to report: one thread's at a time. Nobody waits for it, so it cannot deadlock.
+
+    Taken and given in one step each, so that an exception out of a signal handler cannot lose it.
+    """
+
+    def __init__(self) -> None:
+        self._holder: "Dict[None, int]" = {}
+
+    def take(self) -> bool:
+        return self._holder.setdefault(None, threading.get_ident()) == threading.get_ident()
+
+    def give(self) -> None:
+        if self.is_mine():
+            self._holder.pop(None, None)
+
+    def is_free(self) -> bool:
+        return not self._holder
+
+    def is_mine(self) -> bool:
+        return self._holder.get(None) == threading.get_ident()
+
+
+# The phases of a _Worker; they only grow.
+_TAKES, _DROPPED, _CLOSING, _ENDED = range(4)
+
+
+class _Worker:
+    """The state of a BatchCollecter: a queue, a sender, and the thread that brings them together.
+
+    Any thread puts; it wakes the sending thread only where enough wait (the signal's threshold). The sending thread
+    loops over _step(), which has the turn while it sends and reports; in between it sleeps on `_changed`. So do flush()
+    and those who wait for room: each change notifies all, and each looks at its own condition again. Where no thread
+    can be started (at exit, under WebAssembly), whoever puts or flushes runs _step() in its place.
+
+    No lock is held here at all. The queue guards itself; the turn is never waited for; all else is single assignments:
+    `_phase` only grows, `_goal` is written by who has the turn, and who wants it higher sets `_hurried` after its put,
+    which is cleared before the goal is read. A __del__, a signal handler or a fork may come in anywhere.
+
+    The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()).
+    """
+
+    def __init__(
+        self, queue: "_Queue", sender: "_Sender", due_size: int, patience: "Optional[float]", on_error: "OnError"
+    ) -> None:
+        self.pid = os.getpid()
+        self.on_error = on_error
+        self._queue = queue
+        self._sender = sender
+        self._due_size = due_size
+        self._patience = patience  # seconds to wait for room; None: it depends
+        self._phase = _TAKES
+        self._goal = 0  # all up to this many accepted records are due
+        self._hurried = False  # the goal is to be set anew
+        self._changed = _Signal()  # its threshold is out of reach while the thread is awake or backs off
+        self._turn = _Turn()
+        self._thread: "Optional[threading.Thread]" = None
+
+    @property
+    def closed(self) -> bool:
+        return self._phase >= _CLOSING
+
+    # What callers do
+
+    def put(self, line: bytes, urgent: bool) -> None:
+        if self._phase >= _CLOSING:
+            raise _closed()
+        waiting = self._queue.put(line) or self._wait_for_room(line)
+        # close() sets the phase, then empties the queue. So a line that came too late to be seen there sees the phase
+        # here, and exactly one of the two has it: who takes it out of the queue.
+        if self._phase >= _CLOSING and self._queue.take_back(line):
+            self._changed.notify()
+            raise _closed()
+        if urgent:
+            self._hurried = True
+        if self._thread is None:
+            if not self.begin():
+                self._finish()
+        elif urgent or waiting >= self._changed.threshold:
+            self._wake()
+
+    def flush(self, timeout: "Optional[float]") -> None:
+        deadline = float("inf") if timeout is None else _CLOCK.now() + timeout
+        goal, is_settled = self._queue.mark()[0], False  # is_settled: as it was seen last
+
+        # Settled is not enough: it returns when what was refused is told, too. But it waits for no telling of its own
+        # thread's (an on_error that flushes), and once it saw its records settled it raises no more.
+        def is_over() -> bool:
+            nonlocal is_settled
+            accepted, settled = self._queue.mark()  # close() may have had put() take a record back, hence min()
+            is_settled = settled >= min(goal, accepted)
+            return is_settled and not self._queue.ledger.refusals or self._phase == _ENDED
+
+        while not is_over() and not self._turn.is_mine() and _CLOCK.now() < deadline:
+            self.hurry()  # again each second, to cut a back-off that began meanwhile
+            patience = _CUT_EVERY
+            if self._thread is None:
+                self.begin(deadline)
+                patience = max(0.01, self._sender.outage.not_before - _CLOCK.now())
+            if self._changed.wait_for(is_over, min(deadline, _CLOCK.now() + patience)):
+                break
+        if not is_settled:  # else an on_error takes its time, which is not the records'
+            message = "%d records are not delivered: %s" % (self.stats()["pending"], self._sender.outage.state())
+            raise AnalysysPythonSdkNetworkException(message)
+
+    def close(self, timeout: "Optional[float]") -> None:
+        if self._phase == _ENDED:
+            return
+        self._phase = _CLOSING
+        self._changed.notify()  # those who wait for room wait in vain
+        began, problem = _CLOCK.now(), None
+        # Ctrl-C may end the flush: the phase is still _CLOSING then, and the next close() goes on from here.
+        try:
+            self.flush(timeout)
+        except AnalysysPythonSdkNetworkException as error:
+            problem = error
+        self._phase, thread = _ENDED, self._thread
+        # A queue on disk stays the thread's until its request is over, so that nobody sends the same meanwhile.
+        left = [] if self._queue.is_durable and thread is not None else self._queue.close()
+        self._changed.notify()
+        if thread is None:
+            self._end()
+        elif problem is None and not self._turn.is_mine():
+            left_over = _LONGEST_WAIT if timeout is None else timeout - (_CLOCK.now() - began)
+            thread.join(max(0.0, min(left_over, _LONGEST_WAIT)))
+        if left:
+            message = str(problem) if problem else "%d records came while the collecter was closed" % len(left)
+            raise AnalysysPythonSdkNetworkException(message, _records(left))
+
+    def stats(self) -> "Dict[str, int]":
+        return self._queue.ledger.stats()
+
+    def hurry(self) -> None:
+        self._hurried = True
+        self._sender.outage.cut()
+        self._wake()
+
+    def abandon(self) -> None:
+        if self._phase == _TAKES:
+            self._phase = _DROPPED
+        self._wake()
+        if self._thread is None and self._is_finished():
+            self._end()
+
+    def disown(self) -> None:
+        self._sender.disown()
+        self._queue.disown()
+
+    def begin(self, deadline: float = float("inf")) -> bool:
+        """Start the thread; where none can be, send in this one what is due. False: our exit hook has run already."""
+        will_exit = _register(self)
+        # Two callers may come here at once: the turn lets one of them start the thread. It is kept until `_thread` is
+        # set, so that the thread and the loop below, which sends in the caller's, never send side by side.
+        if self._thread is None and will_exit and _threads_run() and self._turn.is_free():
+            try:
+                if not self._turn.take():
+                    return will_exit
+                thread = threading.Thread(target=self._run, name="analysys-sender", daemon=True)
+                self._thread = thread
+                thread.start()
+            except BaseException as error:
+                self._thread = None
+                if not isinstance(error, (RuntimeError, MemoryError)):
+                    raise
+            finally:
+                self._turn.give()
+                self._changed.notify()
+        while self._thread is None and _CLOCK.now() < deadline and self._step(deadline):
+            pass
+        return will_exit
+
+    def _finish(self) -> None:
+        """Deliver in an exit hook that runs after ours: nobody else will. Raise with what cannot be delivered."""
+        try:
+            self.flush(_EXIT_TIMEOUT)
+        except AnalysysPythonSdkNetworkException:
+            self.close(0)
+
+    def _wait_for_room(self, line: bytes) -> int:
+        """Put *line* when there is room, and return what put() does; raise where there is none for too long."""
+        waiting = 0
+
+        def is_over() -> bool:
+            nonlocal waiting
+            waiting = self._queue.put(line)
+            return waiting > 0 or self.closed or self._sender.outage.since is not None
+
+        self._hurried = True  # a queue without room is full, also where slots are free and the line takes more
+        if self._thread is None:
+            self.begin()
+        self._wake()
+        patience, advice = self._patience_here()
+        self._changed.wait_for(is_over, _CLOCK.now() + patience)
+        if not waiting and self.closed:
+            raise _closed()
+        if not waiting:
+            why = self.stats()["pending"], self._sender.outage.state(), advice
+            message = "the queue is full: %d records wait; %s%s" % why
+            raise AnalysysPythonSdkNetworkException(message, map(_decode, line.splitlines()))
+        return waiting
+
+    def _patience_here(self) -> "Tuple[float, str]":
+        """Return how many seconds this thread may wait for room, and advice where that is not the usual."""
+        if self._turn.is_mine():  # it would wait for itself
+            return 0.0, ""
+        if self._patience is not None:
+            return self._patience, ""
+        events = sys.modules.get("asyncio.events")
+        if events is not None and events._get_running_loop() is not None:
+            ways = "a spool (spool_path), a larger queue_max_size, or in a notebook queue_timeout"
+            return 0.0, "; a call in a running event loop does not wait for room: give %s" % ways
+        return self._sender.timeout, ""
+
+    def _wake(self) -> None:
+        self._changed.threshold = sys.maxsize
+        self._changed.notify()
+
+    # What the sending thread does
+
+    def _run(self) -> None:
+        try:
+            while not self._is_finished():
+                if not self._step():
+                    self._sleep()
+            self._end()
+        finally:
+            self._thread = None
+        # A __del__ may have put a line after our last look, and it woke a thread that was about to end. It looked at
+        # `_thread` after its put, we look at the queue after `_thread`: at least one of us sees the other.
+        if self._phase == _DROPPED and not self._is_finished():
+            self.begin()
+
+    def _step(self, deadline: float = float("inf")) -> bool:
+        """Send one request and tell what was refused, if that is due and nobody else is at it; return whether."""
+        if not self._is_due():  # which it is not inside a step of this thread
+            return False
+        # take() is inside the try: an exception out of a signal handler may come right after it, and give() gives back
+        # only what is this thread's.
+        try:
+            if not self._turn.take():
+                return False
+            if self._hurried:
+                self._hurried = False  # first: who hurries from now on hurries the next step
+                self._goal = self._queue.mark()[0]
+            try:
+                self._sender.attempt(min(self._sender.timeout, deadline - _CLOCK.now()))
+            except Exception as error:  # a disk that fails: the thread lives on
+                self._sender.outage.failed("%s: %s" % (type(error).__name__, error))
+            self._changed.notify()
+            if self._sender.outage.since is not None:
+                self._sender.outage.warn(self.stats()["pending"])
+            self._report()
+        finally:
+            self._turn.give()
+            self._changed.notify()
+        return True
+
+    def _sleep(self) -> None:
+        """Wait until something is due, or may be sooner than it seemed.
+
+        A put() is worth waking for only where it changes when that is: the first record of an empty queue starts the
+        interval, the one that makes a batch ends it. The threshold is out of reach of the others, which cost nothing.
+        """
+        at = self._due_at() if self._turn.is_free() else float("inf")  # it wakes us when it is given
+        if self._sender.outage.not_before > _CLOCK.now():
+            self._changed.threshold = sys.maxsize  # more records end no back-off
+        else:
+            self._changed.threshold = 1 if self._queue.due_at() == float("inf") else self._due_size
+
+        def is_over() -> bool:
+            return self._is_finished() or self._is_due() or self._turn.is_free() and self._due_at() < at
+
+        self._sender.sweep()
+        # Not for ever: an exception out of a signal handler may have cut a put() before it woke us, and idle
+        # connections grow old.
+        nap = _NOTICE_EVERY if self._queue.is_durable else _LOOK_EVERY  # a disk is looked after
+        self._changed.wait_for(is_over, min(at, _CLOCK.now() + nap))
+        self._changed.threshold = sys.maxsize
+
+    def _due_at(self) -> float:
+        """Return when the next request is due."""
+        accepted, settled = self._queue.mark()
+        at = self._queue.due_at()
+        in_haste = self._hurried or settled < self._goal or self._phase != _TAKES or self._thread is None
+        if accepted > settled and in_haste:
+            at = 0.0
+        return max(at, self._sender.outage.not_before)
+
+    def _is_due(self) -> bool:
+        return self._phase < _ENDED and self._turn.is_free() and self._due_at() <= _CLOCK.now()
+
+    def _is_finished(self) -> bool:
+        """Tell whether there is nothing more to send, ever."""
+        if self._phase == _DROPPED:
+            accepted, settled = self._queue.mark()
+            return settled >= accepted
+        return self._phase == _ENDED
+
+    def _report(self) -> None:
+        """Tell of records that were given up. Under no lock; the turn keeps it to one thread."""
+        refusals = self._queue.ledger.refusals
+        while refusals:
+            error = refusals[0]  # flush() waits until it is gone
+            try:
+                if self.on_error is not None and not error.is_echo:
+                    _tell(self.on_error, error, error.records)
+                else:
+                    _log("error", "%d records are lost: %s", len(error.records), error)
+            finally:
+                refusals.popleft()
+
+    def _end(self) -> None:
+        if self._queue.is_durable:
+            self._queue.close()
+            self._report()
+        self._sender.close()
+        _OPEN.discard(self)
+
+
+@functools.lru_cache(None)  # once
+def _warn_of_uwsgi() -> None:
+    advice = "set `enable-threads = true` in its configuration. Until then each call sends in its own thread"
+    _log("warning", "analysys: uWSGI runs no threads: %s", advice)
+
+
+def _threads_run() -> bool:
+    """Tell whether a thread may be started and would run.
+
+    Under uWSGI it runs only where that is told so. And its master forks at any time, by C's fork() and without the
+    GIL: a child of the moment in which a thread of ours holds it waits for ever. So the master has no thread.
+    """
+    uwsgi: "Any" = sys.modules.get("uwsgi")
+    if not hasattr(uwsgi, "worker_id"):
+        return True
+    if not getattr(uwsgi, "has_threads", 1):
+        _warn_of_uwsgi()
+        return False
+    return bool(uwsgi.worker_id() or uwsgi.mule_id())
 
 
 class _LogFile:
     """Appends lines to the file of the hour or day, which any number of threads and processes share.
 
-    A call from inside a write (a signal handler, ``__del__``) must not wait for the write that it interrupts: it
-    leaves its line in the buffer, and that write sees to it at its end.
+    Threads take turns by `_lock`, held for a whole write; processes by the file's own lock (`_SharedFile`), inside it.
+    The buffer needs none: put() appends, and only who writes removes, from the front and what is written. A call from
+    inside a write (a signal handler, ``__del__``) must not wait for the write that it interrupts, whose thread is its
+    own: it leaves its line in the buffer, and that write sees to it at its end. So nothing ever waits for itself.
     """
 
     on_error = None
@@ -1516,7 +4268,7 @@ class _LogFile:
         self._batch = batch
         self._buffer: "List[bytes]" = []  # lines accepted and not yet written; its steps are atomic
         self._since = self._until = 0.0  # the quarter of an hour for which _file is known: time zones differ by no less
-        self._file = _SharedFile("")
+        self._file = _SharedFile("", 0o640, _open_lines)
         self._written = 0  # lines that never waited
         self.closed = False
 
@@ -1559,6 +4311,11 @@ class _LogFile:
             finally:
                 self._lock.release()
 
+    def take_back(self, lines: bytes) -> None:
+        """Take back *lines*, which were written last, by one put()."""
+        with self._lock:
+            self._written -= self._file.take_back(lines)
+
     def hurry(self) -> None:
         """Nothing to hurry: there is no thread."""
 
@@ -1595,7 +4352,7 @@ class _LogFile:
                     self._turn_to(now)
                 try:
                     self._file.append(lines, note, patience)
-                except OSError as error:
+                except (OSError, ValueError) as error:  # ValueError: a path that the file system cannot hold
                     raise _unwritable(self._file.path, error, [line] if line else ()) from error
                 if self.closed:
                     self.disown()
@@ -1611,7 +4368,7 @@ class _LogFile:
     def _note_lines(self, waited: int, line: bytes) -> None:
         """Note that *waited* lines of the buffer are written, and *line* if there is one."""
         del self._buffer[:waited]
-        self.ledger.add(_settled(waited, None))
+        self.ledger.settle(waited)
         if line:
             self._note_line()
 
@@ -1620,7 +4377,7 @@ class _LogFile:
         path = os.path.join(self._directory, time.strftime(self._pattern, time.localtime(now)))
         if self._file.path != path:
             self.disown()
-            self._file = _SharedFile(path)
+            self._file = _SharedFile(path, 0o640, _open_lines)
         self._since = now // 900 * 900
         self._until = self._since + 900
 
@@ -1643,970 +4400,22 @@ def _write_postponed() -> None:
             _log("error", "records wait for the next write: %s", error)
 
 
-class _SharedFile:
-    """A file of lines that any number of processes append to; they take turns by a lock on it."""
-
-    def __init__(self, path: str, mode: int = 0o666) -> None:
-        self.path = path
-        self._mode = mode  # of a new file
-        self._fd = -1
-        self._identity = (-1, -1)
-        self._end = 0  # where our last append ended: nothing came after it if the file still has that size
-
-    def append(self, lines: bytes, note: "Callable[[], None]", patience: float = _LOCK_TIMEOUT) -> None:
-        """Append *lines* (whole ones) and call *note*, or raise OSError and leave no part of them.
-
-        *patience* is how many seconds to wait for other processes.
-        """
-        try:
-            size = self._lock(patience)
-            if size != self._end and size > 0 and _read_at(self._fd, size - 1, 1) != b"\n":
-                lines = b"\n" + lines  # end the line that a killed writer left
-            _append(self._fd, size, lines, note)
-            self._end = size + len(lines)
-            _unlock_file(self._fd)
-        except BaseException:
-            self.close()  # and so unlock it
-            raise
-        if _register_at_fork is None:  # a child could keep the file open, and a lock on it
-            self.close()
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _lock(self, patience: float, attempts: int = 100) -> int:
-        """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
-        if self._fd < 0:
-            self._fd = _open_lines(self.path, self._mode)
-            opened = os.fstat(self._fd)
-            self._identity, self._end = (opened.st_dev, opened.st_ino), 0
-        _lock_file(self._fd, patience)
-        try:
-            now = os.stat(self.path)
-            if (now.st_dev, now.st_ino) == self._identity:
-                return now.st_size
-        except FileNotFoundError:
-            pass
-        self.close()
-        if not attempts:
-            raise OSError(errno.EBUSY, "renamed or deleted again and again")
-        return self._lock(patience, attempts - 1)
-
-
-def _open_lines(path: str, mode: int) -> int:
-    """Open a regular file for reading and appending, making it and its directory where they are missing."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-    flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-    try:
-        fd = os.open(path, flags, mode)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        fd = os.open(path, flags, mode)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return fd
-
-
-def _append(fd: int, size: int, data: bytes, note: "Callable[[], None]") -> None:
-    """Append all of *data* to a file of *size* bytes and call *note*, or leave the file as it was and raise.
-
-    A signal handler may raise at any moment, also when all is written: then what counts is how long the file is.
-    """
-    written, whole = 0, len(data)
-    try:
-        while written < whole:
-            written += os.write(fd, data[written:] if written else data)
-    finally:
-        if written == whole or os.fstat(fd).st_size == size + whole:
-            note()
-        else:
-            os.ftruncate(fd, size)
-
-
-def _read_at(fd: int, offset: int, size: int) -> bytes:
-    os.lseek(fd, offset, os.SEEK_SET)  # appending does not mind
-    return os.read(fd, size)
-
-
-def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
-    """Lock an open file against other processes, waiting for them *patience* seconds; raise OSError if that fails."""
-    deadline = pause = 0.0
-    while True:
-        try:
-            if fcntl is not None:
-                fcntl.flock(fd, _LOCK_NOW)
-            elif msvcrt is not None:
-                os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
-            deadline = deadline or time.monotonic() + patience
-            if time.monotonic() >= deadline:
-                raise OSError(error.errno, "another process has held its lock for %.0f s" % patience) from None
-        time.sleep(pause)
-        pause = min(2 * pause + 0.0005, 0.01)
-
-
-def _unlock_file(fd: int) -> None:
-    if fcntl is not None:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    elif msvcrt is not None:
-        os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
-
-
-# A line of a file, and where it stands: the file's name, the line's number from 1, the offset of its end in the file.
-_Line = collections.namedtuple("_Line", "text file number end")
-
-
-def _read_lines(
-    file: "Any", name: str, start: "Tuple[int, int]", most: int, end: float
-) -> "Tuple[List[_Line], Tuple[int, int]]":
-    """Read up to *most* lines of *file*, which stands at *start* (offset, line number), as far as offset *end*.
-
-    Return them and where the file stands then. Blank lines are skipped. A read that fails after some lines ends them.
-    """
-    offset, number = start
-    lines: "List[_Line]" = []
-    while len(lines) < most and offset < end:
-        try:
-            text = file.readline(_MAX_LINE)
-        except Exception:
-            if not lines:
-                raise
-            break
-        if not text:
-            break
-        offset, number = offset + len(text), number + 1
-        if not text.isspace():
-            lines.append(_Line(text, name, number, offset))
-    return lines, (offset, number)
-
-
-def _sound(lines: "List[_Line]") -> int:
-    """Return how many of *lines*, from the first, are records in JSON."""
-    try:
-        parsed = _decode(_array([line.text for line in lines]))  # all at once is the fast way
-        if len(parsed) == len(lines) and all(type(record) is dict for record in parsed):
-            return len(lines)
-    except (ValueError, RecursionError):
-        pass
-    for position, line in enumerate(lines):
-        if _damage(line.text) is not None:
-            return position
-    return len(lines)
-
-
-def _reject_lines(rejected: "_SharedFile", lines: "List[_Line]", reason: str) -> None:
-    """Append refused or damaged lines to ``rejected.log``, each with its file, its line number and the reason."""
-    entries = [
-        {"file": line.file, "line": line.number, "reason": reason, "record": record}
-        for line, record in zip(lines, _records([line.text for line in lines]))
-    ]
-    try:
-        lacking = "".join(json.dumps(entry) + "\n" for entry in entries)  # ASCII: a record may hold half a character
-        rejected.append(lacking.encode("ascii"), lambda: None)
-    except OSError as error:
-        _log("error", "cannot write %s: %s; it lacks %s", rejected.path, error, entries)
-    finally:
-        rejected.close()
-
-
-class _Owner:
-    """The spool files of one process: ``NAME.lock``, which it keeps locked, and ``NAME.000001.log`` and so on.
-
-    The lock file holds the position up to which all is delivered. `fcntl.lockf` locks belong to a process: a forked
-    child does not have them. But they go when the process closes any descriptor of the file, so it is opened once.
-    """
-
-    def __init__(self, directory: str, name: str) -> None:
-        self.name = name
-        self.first = 1  # the number of the oldest file that is not wholly delivered
-        self.start = (0, 0)  # offset and line number in it up to which all is delivered
-        self._base = os.path.join(directory, name)
-        self._lock_fd = -1
-        self._taking = 1  # the number of the file that lines are taken from,
-        self._taken = (0, 0)  # and up to where they are
-
-    def claim(self) -> bool:
-        """Become the owner if there is none; a process that is gone owns nothing. Raise OSError where that fails."""
-        path = self._base + ".lock"
-        if _CLAIMED.setdefault((os.getpid(), path), self) is not self:
-            return False
-        try:
-            self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-            if _lock_forever(self._lock_fd) and os.fstat(self._lock_fd).st_nlink > 0:  # else removed meanwhile
-                kept = os.read(self._lock_fd, 100).split()
-                if len(kept) == 3 and b"".join(kept).isdigit():
-                    self.first, self.start = int(kept[0]), (int(kept[1]), int(kept[2]))
-                self._taking, self._taken = self.first, self.start
-                return True
-            self.release()
-            return False
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Give up the files as they are; whoever finds them may claim them."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-        _CLAIMED.pop((os.getpid(), self._base + ".lock"), None)
-
-    def remove(self, last: int) -> None:
-        """Remove the files up to number *last*, which are wholly delivered, and be gone."""
-        for path in [self.path(number) for number in range(self.first, last + 1)] + [self._base + ".lock"]:
-            try:
-                os.unlink(path)
-            except OSError:
-                pass
-        self.release()
-
-    def path(self, number: int) -> str:
-        return "%s.%06d.log" % (self._base, number)
-
-    def read(self, most: int, last: int, end: float) -> "List[_Line]":
-        """Take the next lines; *last* is the number of the newest file and *end* how far that is written."""
-        while True:
-            path = self.path(self._taking)
-            chunk = _read_chunk(path, self._taken[0], end if self._taking == last else float("inf"))
-            file = io.BytesIO(chunk)
-            lines, self._taken = _read_lines(file, os.path.basename(path), self._taken, most, float("inf"))
-            if lines or not chunk and self._taking >= last:
-                return lines
-            if not chunk:
-                self._taking, self._taken = self._taking + 1, (0, 0)
-
-    def unread(self, line: "_Line") -> None:
-        """Have the next read() begin with *line*."""
-        self._taken = (line.end - len(line.text), line.number - 1)
-
-    def settle(self, line: "_Line") -> None:
-        """Note that all up to *line* is delivered; files before its own go."""
-        number = int(line.file.split(".")[-2])
-        for done in range(self.first, number):
-            try:
-                os.unlink(self.path(done))
-            except FileNotFoundError:
-                pass
-        self.first, self.start = number, (line.end, line.number)
-        os.lseek(self._lock_fd, 0, os.SEEK_SET)
-        os.write(self._lock_fd, b"%010d %020d %020d\n" % (self.first, self.start[0], self.start[1]))
-
-
-def _read_chunk(path: str, offset: int, end: float) -> bytes:
-    """Return whole lines of a file from *offset* on, as far as *end*; at its very end also a line that was cut.
-
-    No file object is kept: a forked child would hang on its lock.
-    """
-    size = _CHUNK
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError:
-        return b""
-    try:
-        while True:
-            wanted = int(min(size, end - offset))
-            chunk = _read_at(fd, offset, wanted)
-            whole = chunk.rfind(b"\n") + 1
-            if whole or len(chunk) < wanted or wanted < size or size >= _MAX_LINE:
-                return chunk[:whole] or chunk
-            size *= 4
-    finally:
-        os.close(fd)
-
-
-# Who of this process owns which lock file, by process and path. Its steps are atomic.
-_CLAIMED: "Dict[Tuple[int, str], _Owner]" = {}
-
-
-def _lock_forever(fd: int) -> bool:
-    """Lock an open file until this process ends or closes it; return whether no other process has it."""
-    try:
-        if fcntl is not None:
-            fcntl.lockf(fd, _LOCK_NOW)
-        elif msvcrt is not None:
-            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            os.lseek(fd, 0, os.SEEK_SET)
-        return True
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise
-        return False
-
-
-class _Spool:
-    """A queue on disk with the interface of `_MemoryQueue`: what a process wrote, after what ended ones left."""
-
-    is_durable = True
-    rounds = _LOOK_EVERY
-
-    def __init__(self, directory: str, max_bytes: int, clock: "Callable[[], float]") -> None:
-        self.ledger = _Ledger("adopted")
-        self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()
-        self._directory = directory
-        self._max_bytes = max_bytes
-        self._roll_size = min(_ROLL_SIZE, max_bytes // 4)
-        self._clock = clock
-        self._closed = False
-        # Guards the file that is written, while it is. Re-entrant, for a __del__ or signal handler that tracks.
-        self._writing = threading.RLock()
-        self._fd = -1
-        self._number = 0
-        self._turns = itertools.count(1)  # one a call
-        self._end = (-1, 0)  # the turn of the last call that came to its end, and the size of the file then
-        self._written = 0  # own records
-        self._since = 0.0  # when the oldest waiting record came, or before
-        # Guards the files that are read, while a batch is taken or settled. Taken before _writing, never after.
-        self._reading = threading.RLock()
-        self._own = self._new_owner()
-        self._adopted: "List[_Owner]" = []  # in the order of their names, which is that of time
-        self._source = self._own  # whose the lines in flight are
-        self._inflight: "List[_Line]" = []
-        self._taken, self._settled = 0, 0  # own records
-        self._rejected = _SharedFile(os.path.join(directory, "rejected.log"), 0o600)
-        self._look_at = 0.0
-
-    def put(self, line: bytes) -> bool:
-        """Hand *line* to the operating system, or return False where the spool is full; raise where that fails."""
-        with self._writing:
-            if self._closed:
-                raise _closed()
-            if self._written == self._taken:
-                self._since = self._clock()
-            try:
-                turn = next(self._turns)
-                last, size = self._end
-                if last != turn - 1:  # a call was interrupted, by another one or an exception
-                    size = self._size()
-                if size < 0 or size and size + len(line) > self._roll_size:
-                    if not self._roll():
-                        return False
-                    size = 0
-                _append(self._fd, size, line, self._note)
-            except OSError as error:
-                raise _unwritable(self._own.path(self._number), error, [line]) from error
-            self._end = turn, size + len(line)
-        return True
-
-    def _note(self) -> None:
-        self._written += 1
-        self.ledger.add(_ACCEPTED)
-
-    def take_back(self, line: bytes) -> bool:
-        """Undo nothing: what is on disk will be delivered."""
-        return False
-
-    def take(self, most: int) -> int:
-        """Take up to *most* lines in flight, all of one owner, and return their number. Damaged ones are rejected."""
-        with self._reading:
-            while not self._closed:
-                lines = self._read(most)
-                if not lines:
-                    break
-                sound = _sound(lines)
-                if sound < len(lines):
-                    keep = max(1, sound)  # a damaged line is taken alone
-                    if keep < len(lines):
-                        self._source.unread(lines[keep])
-                    lines = lines[:keep]
-                if self._source is self._own:
-                    self._taken += len(lines)
-                else:
-                    self.ledger.add({"adopted": len(lines), "pending": len(lines)})
-                self._inflight = lines
-                if sound:
-                    return len(lines)
-                reason = "line %d of %s is %s" % (lines[0].number, lines[0].file, _damage(lines[0].text))
-                self.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records([lines[0].text])))
-        return 0
-
-    def head(self, number: int) -> "List[bytes]":
-        """Return the first *number* lines in flight."""
-        return [line.text for line in self._inflight[:number]]
-
-    def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
-        """Let go of the first *number* in flight: delivered, or rejected with *error*."""
-        with self._reading:
-            if self._closed:
-                return
-            done = self._inflight[:number]
-            if error is not None:
-                _reject_lines(self._rejected, done, str(error))
-                self.refusals.append(error)
-            self._source.settle(done[-1])
-            self._inflight = self._inflight[number:]
-            self.ledger.add(_settled(number, error))
-            if self._source is self._own:
-                self._settled += number
-
-    def surrender(self) -> "List[Record]":
-        """Close the files. What is not delivered stays on disk and pending, for the next process that looks."""
-        with self._reading, self._writing:
-            if not self._closed:
-                self._closed = True
-                if self._is_delivered():
-                    self._own.remove(self._number)
-                self.disown()
-        return []
-
-    def disown(self) -> None:
-        """Let go of all descriptors; in a forked child, of the parent's."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        for owner in [self._own] + self._adopted:
-            owner.release()
-
-    def look_around(self) -> None:
-        """Adopt, every few seconds, the files whose owners are gone."""
-        if self._clock() < self._look_at:
-            return
-        self._look_at = self._clock() + _LOOK_EVERY
-        with self._reading:
-            for name in [] if self._closed else self._owners():
-                owner = _Owner(self._directory, name)
-                try:
-                    if owner.claim():
-                        self._adopted.append(owner)
-                except OSError as error:
-                    _log("warning", "cannot adopt %s in %s: %s", name, self._directory, error)
-
-    def is_due(self, size: int) -> bool:
-        return self.waiting() >= size or bool(self._inflight or self._adopted)
-
-    def is_empty(self) -> bool:
-        return self._written <= self._settled and not self._adopted
-
-    def waiting(self) -> int:
-        return self._written - self._taken
-
-    def oldest(self) -> float:
-        return self._since
-
-    def accepted(self) -> int:
-        return self._written
-
-    def settled(self) -> int:
-        return self._settled
-
-    def stats(self) -> "Dict[str, int]":
-        return self.ledger.stats()
-
-    def _new_owner(self) -> "_Owner":
-        try:
-            os.makedirs(self._directory, 0o700, exist_ok=True)
-            while True:
-                suffix = binascii.hexlify(os.urandom(4)).decode()
-                owner = _Owner(self._directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
-                if owner.claim():
-                    return owner
-        except OSError as error:
-            raise _unwritable(self._directory, error) from error
-
-    def _roll(self) -> bool:
-        """Begin the next file; return False where the spool would get too large."""
-        used = self._used()
-        if used and used + self._roll_size > self._max_bytes:
-            return False
-        number = self._number + 1
-        fd, old = _open_lines(self._own.path(number), 0o600), self._fd
-        self._fd, self._number = fd, number
-        if old >= 0:
-            os.close(old)
-        return True
-
-    def _size(self) -> int:
-        """Return the size of the file that is written, -1 where there is none."""
-        return os.fstat(self._fd).st_size if self._fd >= 0 else -1
-
-    def _is_delivered(self) -> bool:
-        """Tell, by the file, whether all is delivered that this process wrote."""
-        return self._fd < 0 or (self._own.first, self._own.start[0]) == (self._number, self._size())
-
-    def _used(self) -> int:
-        """Return the bytes of all spool files here, less the one that is written if it is wholly delivered."""
-        used = -max(0, self._size()) if self._is_delivered() else 0
-        for name in os.listdir(self._directory):
-            if _SPOOL_FILE.fullmatch(name):
-                try:
-                    used += os.stat(os.path.join(self._directory, name)).st_size
-                except FileNotFoundError:
-                    pass
-        return used
-
-    def _owners(self) -> "List[str]":
-        """Return the names of all owners here, the oldest first."""
-        try:
-            names = os.listdir(self._directory)
-        except OSError:  # removed: it comes back with the next file
-            return []
-        return sorted(name[: -len(".lock")] for name in names if _SPOOL_LOCK.fullmatch(name))
-
-    def _read(self, most: int) -> "List[_Line]":
-        """Return the next lines of the first adopted owner that has any, or else of this process."""
-        while self._adopted:
-            self._source = self._adopted[0]
-            found = [name.split(".") for name in os.listdir(self._directory) if _SPOOL_FILE.fullmatch(name)]
-            newest = max([int(number) for name, number, _ in found if name == self._source.name] + [0])
-            lines = self._source.read(most, newest, float("inf"))
-            if lines:
-                return lines
-            self._adopted.pop(0).remove(newest)
-        self._source = self._own
-        with self._writing:
-            number, size = self._number, self._size()
-        return self._own.read(most, number, size)
-
-
-########################################################################################################################
-# Sender: the one place that decides what an answer means for a batch: delivered, retry, split, refused for good
-########################################################################################################################
-
-
-class _Sender:
-    """Sends what is at the head of a queue, in order, and settles it. One thread at a time may call attempt()."""
-
-    def __init__(self, transport: "_Transport", ledger: "_Ledger") -> None:
-        import random
-
-        self.failing_since: "Optional[float]" = None  # monotonic; None while the last attempt succeeded
-        self.not_before = 0.0  # monotonic; end of the back-off
-        self.reason = ""  # of the last failure
-        self._transport = transport
-        self._ledger = ledger
-        self._clock = time.monotonic
-        self._random = random.Random()  # its own seed, also in a forked child
-        self._parts: "Deque[int]" = collections.deque()  # sizes of the requests that the batch in flight is cut into
-        self._limit = sys.maxsize  # records a request, learned from 413
-        self._failures = 0
-        self._next_warning = 0.0
-
-    def ask(self, lines: "List[bytes]", timeout: float) -> "_Verdict":
-        """Send *lines* in one request and say what became of them. Raises nothing. Any thread may call it."""
-        text = _array(lines)
-        self._ledger.add({"requests": 1})
-        try:
-            verdict = _judge(self._transport.post(_pack(text), timeout))
-        except Exception as error:
-            verdict = _Verdict(_RETRY, "%s: %s" % (type(error).__name__, error), None)
-        if b'"$debug":1' in text or b'"$debug":2' in text:
-            _log("info", "answer for %d records: %s, %s", len(lines), verdict.kind, verdict.reason)
-        if verdict.kind == _TOO_LARGE and len(lines) == 1:
-            return verdict._replace(kind=_REFUSED)
-        return verdict
-
-    def attempt(self, queue: "Any", most: int, timeout: float) -> None:
-        """Send one request for the head of *queue*, then settle, split or keep it."""
-        if not self._parts:
-            self._parts.append(queue.take(most))
-        if self._parts[0] > self._limit:
-            self._parts[0] -= self._limit
-            self._parts.appendleft(self._limit)
-        size = self._parts[0]
-        lines = queue.head(size)
-        if not lines:  # surrendered meanwhile
-            self._parts.clear()
-            return
-        if self._failures:
-            self._ledger.add({"retries": 1})
-        verdict = self.ask(lines, timeout)
-        if verdict.kind == _RETRY:
-            self.failed(verdict.reason, verdict.wait)
-            return
-        self._recovered()
-        if verdict.kind == _TOO_LARGE:
-            self._limit = size // 2
-        elif verdict.kind == _REFUSED and size > 1:
-            self._parts[0] = size - size // 2
-            self._parts.appendleft(size // 2)
-        elif verdict.kind == _REFUSED:
-            if self._limit == 1:  # it was this record that was too large, not the number of them
-                self._limit = sys.maxsize
-            reason = "refused for good: " + verdict.reason
-            queue.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records(lines)))
-            self._parts.popleft()
-        else:
-            queue.settle(size)
-            self._parts.popleft()
-
-    def state(self) -> str:
-        """Say why records wait."""
-        since = self.failing_since  # once: the sender may recover meanwhile
-        if since is None:
-            return "the server has not answered yet"
-        return "the server has been failing for %.1f s (%s)" % (self._clock() - since, self.reason)
-
-    def failed(self, reason: str, wait: "Optional[float]" = None) -> None:
-        """Note a failure that is not the data's, and when to try again: after *wait* seconds or a back-off."""
-        now = self._clock()
-        self._failures += 1
-        self.reason = reason
-        if self.failing_since is None:
-            self.failing_since = now
-            self._next_warning = now
-        if wait is None:
-            longest = min(_LAST_BACKOFF, _FIRST_BACKOFF * 2 ** min(self._failures, 20))
-            wait = self._random.uniform(_FIRST_BACKOFF, longest)
-        self.not_before = now + max(wait, _FIRST_BACKOFF)
-
-    def warn(self) -> None:
-        """Log an outage when it begins, then once a minute. Apart from failed(), so that no lock is held here."""
-        now = self._clock()
-        if self.failing_since is not None and now >= self._next_warning:
-            self._next_warning = now + _WARN_EVERY
-            _log("warning", "nothing is lost, but not delivered: %s", self.state())
-
-    def _recovered(self) -> None:
-        self._failures, self.failing_since, self.not_before = 0, None, 0.0
-
-
-class _Signal:
-    """Wakes threads that wait for a condition. Takes no lock, so that __del__ and signal handlers may notify."""
-
-    def __init__(self) -> None:
-        self._sleepers: "Deque[Any]" = collections.deque()  # a locked lock each; whoever takes one out releases it
-
-    def wait_for(self, condition: "Callable[[], bool]", deadline: float) -> bool:
-        """Return whether *condition* came true before *deadline* (monotonic; infinity for none)."""
-        while True:
-            sleeper = threading.Lock()
-            sleeper.acquire()
-            self._sleepers.append(sleeper)  # before looking, so that no change is missed
-            try:
-                if condition():
-                    return True
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                sleeper.acquire(timeout=min(left, _LONGEST_WAIT))
-            finally:
-                try:
-                    self._sleepers.remove(sleeper)
-                except ValueError:
-                    pass
-
-    def notify(self) -> None:
-        """Let all waiting threads look at their conditions again."""
-        try:
-            while True:
-                self._sleepers.popleft().release()
-        except IndexError:
-            pass
-
-
-class _Worker:
-    """Sends from a queue in the background; in the caller's thread where no thread can be started.
-
-    The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()).
-    """
-
-    def __init__(
-        self,
-        url: str,
-        request_timeout: float,
-        ssl_context: "Any",
-        headers: "Dict[str, str]",
-        interval: float,
-        due_size: int,
-        request_size: int,
-        queue_size: int,
-        spool_path: "Optional[str]",
-        spool_max_bytes: int,
-        on_error: "OnError",
-    ) -> None:
-        self.pid = os.getpid()
-        self.closed = False  # takes no more records
-        self.on_error = on_error
-        self._clock = time.monotonic
-        self._timeout = request_timeout
-        self._interval = interval
-        self._due_size = min(due_size, queue_size)  # a full queue is due, too
-        self._request_size = request_size
-        self._queue: "Union[_MemoryQueue, _Spool]" = (
-            _MemoryQueue(queue_size, self._clock)
-            if spool_path is None
-            else _Spool(spool_path, spool_max_bytes, self._clock)
-        )
-        self._transport = _Transport(url, ssl_context, headers)
-        self._sender = _Sender(self._transport, self._queue.ledger)
-        self.stats = self._queue.stats
-        self._gate = threading.Lock()  # closed while the thread has nothing to do; _wake() opens it
-        self._gate.acquire()
-        self._wake_at = 1  # number of waiting records that opens the gate; out of reach while the thread is awake
-        self._settled = _Signal()  # for flush() and for callers that wait for room
-        self._turn = threading.Lock()  # held by the thread that is sending, requests included
-        self._starting = threading.Lock()  # held by the thread that starts the worker's
-        self._here = threading.local()  # .sending: whether this thread is sending or reporting
-        self._thread: "Optional[threading.Thread]" = None
-        self._urgent = False  # an alias waits
-        self._goal = 0  # all up to this many accepted records are due; grows under the ledger's lock
-        self._next_cut = 0.0
-        self._reporting = False  # between two requests: refusals are settled, but not yet reported
-        self._abandoned = False
-        self._ended = False  # sends no more
-
-    # What callers do
-
-    def put(self, line: bytes, urgent: bool) -> None:
-        """Accept *line*, waiting for room if need be, and see to it that it will be sent."""
-        if self.closed:
-            raise _closed()
-        if not self._queue.put(line):
-            self._wait_for_room(line)
-        if self.closed and self._queue.take_back(line):
-            self._settled.notify()
-            raise _closed()
-        if urgent:
-            self._urgent = True
-        if self._thread is None:
-            if not self._start():
-                self._finish()
-        elif urgent or self._queue.waiting() >= self._wake_at:
-            self._wake()
-
-    def _finish(self) -> None:
-        """Deliver in an exit hook that runs after ours: nobody else will. Raise with what cannot be delivered."""
-        try:
-            self.flush(_EXIT_TIMEOUT)
-        except AnalysysPythonSdkNetworkException:
-            self.close(0)
-
-    def begin(self) -> None:
-        """Start the thread before there is a record, for those that ended processes have left behind."""
-        self._start(self._clock())
-
-    def flush(self, timeout: "Optional[float]") -> None:
-        """Return when all that is accepted by now is settled; raise where that is not so within *timeout* seconds."""
-        deadline = float("inf") if timeout is None else self._clock() + timeout
-        goal = self._queue.accepted()
-
-        def is_over() -> bool:
-            # close() may have had put() take a record back, hence min().
-            is_settled = self._queue.settled() >= min(goal, self._queue.accepted())
-            return is_settled and not self._queue.refusals and not self._reporting or self._ended
-
-        while not is_over():
-            self.hurry()
-            if self._thread is None:
-                self._start(deadline)
-            patience = _CUT_EVERY if self._thread is not None else max(0.01, self._sender.not_before - self._clock())
-            pause_end = min(deadline, self._clock() + patience)
-            if self._is_sending() or not self._settled.wait_for(is_over, pause_end) and self._clock() >= deadline:
-                break
-        if self._queue.settled() < min(goal, self._queue.accepted()) or not is_over():
-            message = "%d records are not delivered: %s" % (self.stats()["pending"], self._sender.state())
-            raise AnalysysPythonSdkNetworkException(message)
-
-    def close(self, timeout: "Optional[float]") -> None:
-        """Flush and end; raise with what is not delivered in ``records``."""
-        if self._ended:
-            return
-        self.closed = True
-        self._settled.notify()  # those who wait for room wait in vain
-        began = self._clock()
-        problem = None
-        try:
-            self.flush(timeout)
-        except AnalysysPythonSdkNetworkException as error:
-            problem = error
-        self._ended = True
-        thread = self._thread
-        # A spool stays the thread's until its request is over, so that nobody sends the same meanwhile.
-        left = [] if self._queue.is_durable and thread is not None else self._queue.surrender()
-        self._settled.notify()
-        self._wake()
-        if thread is None:
-            self._end()
-        elif problem is None and not self._is_sending():
-            thread.join(None if timeout is None else max(0.0, timeout - (self._clock() - began)))
-        if left:
-            message = str(problem) if problem else "%d records came while the collecter was closed" % len(left)
-            raise AnalysysPythonSdkNetworkException(message, left)
-
-    def hurry(self) -> None:
-        """Make all that waits due, and cut a running back-off short, though not too often."""
-        self._goal = max(self._goal, self._queue.accepted())  # two threads may undo each other: they come again
-        now = self._clock()
-        if now >= self._next_cut:
-            self._next_cut = now + _CUT_EVERY
-            self._sender.not_before = 0.0
-        self._wake()
-
-    def abandon(self) -> None:
-        """The collecter is gone: deliver what is left, then end."""
-        if self._ended:
-            return
-        self._abandoned = True
-        self._wake()
-        if self._thread is None and self._queue.is_empty():
-            self._end()
-
-    def disown(self) -> None:
-        """Let go, in a forked child, of what belongs to the parent."""
-        self._transport.disown()
-        self._queue.disown()
-
-    def _report(self, error: "AnalysysPythonSdkException") -> None:
-        """Report records that were given up. Never called under a lock."""
-        if self.on_error is not None:
-            _tell(self.on_error, error, error.records)
-        else:
-            _log("error", "%d records are lost: %s", len(error.records), error)
-
-    def _wait_for_room(self, line: bytes) -> None:
-        is_in = False
-
-        def is_over() -> bool:
-            nonlocal is_in
-            is_in = self._queue.put(line)
-            return is_in or self.closed or self._sender.failing_since is not None
-
-        if self._thread is None:
-            self._start()
-        self._wake()
-        patience = 0.0 if self._is_sending() else self._timeout
-        self._settled.wait_for(is_over, self._clock() + patience)
-        if not is_in and self.closed:
-            raise _closed()
-        if not is_in:
-            message = "the queue is full: %d records wait; %s" % (self.stats()["pending"], self._sender.state())
-            raise AnalysysPythonSdkNetworkException(message, [_decode(line)])
-
-    def _is_sending(self) -> bool:
-        """Tell whether this is the sending thread: it must not wait for itself."""
-        thread = self._thread
-        return getattr(self._here, "sending", False) or thread is not None and thread.ident == threading.get_ident()
-
-    def _wake(self) -> None:
-        self._wake_at = sys.maxsize
-        try:
-            self._gate.release()
-        except RuntimeError:  # it is open already
-            pass
-
-    # What the sending thread does
-
-    def _start(self, deadline: float = float("inf")) -> bool:
-        """Start the thread; where none can be started, send in this one what can be sent. False: we are at exit."""
-        if not self._starting.acquire(False):
-            return True  # another call is at it
-        try:
-            will_exit = _register(self)
-            if self._thread is None and will_exit:
-                try:
-                    self._thread = threading.Thread(target=self._run, name="analysys-sender", daemon=True)
-                    self._thread.start()
-                except BaseException as error:
-                    self._thread = None
-                    if not isinstance(error, RuntimeError):
-                        raise
-        finally:
-            self._starting.release()
-        while (
-            self._thread is None
-            and not self._is_sending()
-            and self._clock() < deadline
-            and self._seconds_to_next() == 0
-            and self._turn.acquire(False)
-        ):
-            self._send(deadline)
-        return will_exit
-
-    def _run(self) -> None:
-        try:
-            while not self._ended and not (self._abandoned and self._queue.is_empty()):
-                if self._queue.is_due(self._due_size):  # then it is a back-off that is waited for
-                    self._wake_at = sys.maxsize
-                else:
-                    self._wake_at = self._due_size if self._queue.waiting() else 1
-                wait = self._seconds_to_next()
-                if wait == 0:
-                    self._wake_at = sys.maxsize
-                    self._turn.acquire()
-                    self._send(float("inf"))
-                else:
-                    # Never longer than the interval: an exception of a signal handler may have cut _wake() in two.
-                    self._gate.acquire(timeout=min(wait, self._queue.rounds, self._interval, _LONGEST_WAIT))
-            self._end()
-        finally:
-            self._thread = None
-
-    def _end(self) -> None:
-        if self._queue.is_durable:
-            self._queue.surrender()
-        self._transport.close()
-        _OPEN.discard(self)
-
-    def _seconds_to_next(self) -> float:
-        """Return how long there is nothing to do: 0 where something is due."""
-        self._queue.look_around()
-        if self._urgent:
-            self._urgent = False
-            self._goal = max(self._goal, self._queue.accepted())
-        if self._ended or self._queue.is_empty():
-            return float("inf")
-        if (
-            self._queue.is_due(self._due_size)
-            or self._queue.settled() < self._goal
-            or self._abandoned
-            or self._thread is None
-        ):
-            at = 0.0
-        else:
-            at = self._queue.oldest() + self._interval
-        return max(0.0, max(at, self._sender.not_before) - self._clock())
-
-    def _send(self, deadline: float) -> None:
-        """Send one request. The caller holds the turn, which ends here."""
-        self._here.sending = True
-        try:
-            try:
-                timeout = min(self._timeout, deadline - self._clock())
-                if timeout > 0 and not self._ended:
-                    self._sender.attempt(self._queue, self._request_size, timeout)
-            except Exception as error:  # a disk that fails: the thread lives on
-                self._sender.failed("%s: %s" % (type(error).__name__, error))
-            finally:
-                self._turn.release()
-            self._reporting = True
-            self._settled.notify()
-            self._sender.warn()
-            while self._queue.refusals:
-                self._report(self._queue.refusals.popleft())
-        finally:
-            self._reporting = False
-            self._here.sending = False
-            self._settled.notify()
-
-
-########################################################################################################################
-# Collecters: thin compositions of the parts above
-########################################################################################################################
-
-
 class _Collecter:
     """What the collecters share: a configuration that can be pickled, and a state for each process.
 
     A forked child must not touch what its parent had at the moment of the fork: queued records, locks that a thread of
-    it held, connections, descriptors. So each process has a state of its own, made when it is first asked for.
+    it held, connections, descriptors. So each process has a state of its own, made when it is first asked for. Which
+    process this is, is asked at each call: some forks are made behind Python's back (uWSGI, a C library).
     """
 
-    _State: "Any" = None  # the class of the states; made of the configuration
+    _new_state: "Any" = None  # makes a state of the configuration
 
     def _start(self, config: "Record", closed: bool = False) -> None:
         self._config = config
         self._closed = closed
-        self._states: "Dict[int, Any]" = {}
+        self._states: "Dict[int, _State]" = {}
+        _notice_forks(self)  # first: what the first state makes ready is what no fork may come into
         self._state()
-        _notice_forks(self)
 
     def uploadData(self, record: "Record") -> None:
         """Take a copy of one record; what that means is the collecter's to say."""
@@ -2617,7 +4426,9 @@ class _Collecter:
         self._put(line, urgent)
 
     def _put(self, line: bytes, urgent: bool) -> None:
-        (self._states.get(os.getpid() if _FORKS else _PID) or self._state()).put(line, urgent)
+        if _TELLING and (os.getpid(), threading.get_ident()) in _TELLING:
+            line = _Echo(line)
+        (self._states.get(os.getpid()) or self._state()).put(line, urgent)
 
     def flush(self, timeout: "Optional[float]" = 10) -> None:
         """Return when all records accepted so far are delivered, refused for good or written; raise where they are not.
@@ -2637,13 +4448,16 @@ class _Collecter:
 
     def stats(self) -> "Dict[str, int]":
         """Return the counts of this process: at any moment accepted (+ adopted) = delivered + rejected + pending."""
-        counts: "Dict[str, int]" = self._state().stats()
-        return counts
+        return self._state().stats()
 
     def __del__(self) -> None:
-        state = self.__dict__.get("_states", {}).get(os.getpid())
-        if state is not None and not self._closed:
-            state.abandon()
+        try:
+            state = self.__dict__.get("_states", {}).get(os.getpid())
+            if state is not None and not self._closed:
+                state.abandon()
+        except Exception:
+            if sys is not None and not sys.is_finalizing():  # else what we need is gone, and our exit hook has run
+                raise
 
     def __getstate__(self) -> "Record":
         if self._config.get("ssl_context") is not None:
@@ -2653,15 +4467,18 @@ class _Collecter:
     def __setstate__(self, pickled: "Record") -> None:
         self._start(pickled["config"], pickled["closed"])
 
-    def _state(self) -> "Any":
+    def _state(self) -> "_State":
         pid = os.getpid()
-        state = self._states.get(pid)
-        return state if state is not None else self._new_process(pid)
+        return self._states.get(pid) or self._new_process(pid)
 
-    def _new_process(self, pid: int) -> "Any":
-        fresh = self._State(**self._config)
-        fresh.closed = self._closed
+    def _new_process(self, pid: int) -> "_State":
+        # In a child of a fork no lock of ours may be taken before this: some thread of the parent may hold it for ever.
+        fresh: "_State" = self._new_state(**self._config)
+        if self._closed:
+            fresh.close(0)
         state = self._states.setdefault(pid, fresh)  # one step: where several threads come here, one state stays
+        if state is not fresh:
+            fresh.close(0)
         self._disown()
         return state
 
@@ -2715,44 +4532,7 @@ class DefaultCollecter(_Collecter):
         self._start(_http_config(server_url, request_timeout, ssl_context, headers))
 
 
-class _Direct:
-    """The state of a DefaultCollecter: no queue."""
-
-    def __init__(self, url: str, request_timeout: float, ssl_context: "Any", headers: "Dict[str, str]") -> None:
-        self.closed = False
-        self._timeout = request_timeout
-        self._ledger = _Ledger()
-        self._transport = _Transport(url, ssl_context, headers)
-        self._sender = _Sender(self._transport, self._ledger)
-        self.stats = self._ledger.stats
-        self.disown = self._transport.disown
-
-    def put(self, line: bytes, urgent: bool) -> None:
-        if self.closed:
-            raise _closed()
-        self._ledger.add(_ACCEPTED)
-        verdict = None
-        try:
-            verdict = self._sender.ask([line], self._timeout)
-        finally:
-            self._ledger.add(_settled(1, verdict is None or verdict.kind != _DELIVERED))
-        if verdict.kind == _REFUSED:
-            raise AnalysysPythonSdkIllegalDataException("refused for good: " + verdict.reason, [_decode(line)])
-        if verdict.kind != _DELIVERED:
-            raise AnalysysPythonSdkNetworkException("not delivered: " + verdict.reason, [_decode(line)])
-
-    def flush(self, timeout: "Optional[float]") -> None:
-        """Nothing waits: each call returns after its record is delivered."""
-
-    def close(self, timeout: "Optional[float]") -> None:
-        self.closed = True
-        self._transport.close()
-
-    def abandon(self) -> None:
-        self._transport.close()
-
-
-DefaultCollecter._State = _Direct
+DefaultCollecter._new_state = _Direct
 
 
 class BatchCollecter(_Collecter):
@@ -2763,11 +4543,14 @@ class BatchCollecter(_Collecter):
     delivered is sent again until it is; what the server refuses for good goes to ``on_error(exception, records)``, or
     to the log. Delivery is at least once.
 
-    A full queue holds the caller back until there is room, at most *request_timeout* seconds, and raises
+    A full queue holds the caller back until there is room, at most *queue_timeout* seconds, and raises
     AnalysysPythonSdkNetworkException at once while the server is failing; the record that was not taken is in its
     ``records``.
 
-    - *queue_max_size*: records in the queue, the batch in flight included.
+    - *queue_max_size*: records in the queue, the batch in flight included; one of over 16 KiB counts for each 16 KiB
+      begun.
+    - *queue_timeout*: seconds from 0 that a call waits for room; None: *request_timeout*, but 0 where an asyncio event
+      loop runs in the calling thread.
     - *spool_path*: a directory on a local disk. With it each record is in a file before the call returns, and leaves
       the disk when the server has it; what a process leaves is delivered by the next one that uses the directory.
       *queue_max_size* does not apply; *spool_max_bytes* bounds the files of all processes together.
@@ -2786,6 +4569,7 @@ class BatchCollecter(_Collecter):
         *,
         ssl_context: "Optional[ssl.SSLContext]" = None,
         headers: "Optional[Dict[str, str]]" = None,
+        queue_timeout: "Optional[float]" = None,
         spool_path: "Optional[str]" = None,
         spool_max_bytes: int = 1 << 30,
         on_error: "OnError" = None
@@ -2795,17 +4579,44 @@ class BatchCollecter(_Collecter):
         config["due_size"] = _check("queue_cache_max_size", queue_cache_max_size, "size")
         config["request_size"] = _check("collecter_max_size", collecter_max_size, "size")
         config["queue_size"] = _check("queue_max_size", queue_max_size, "size")
+        config["queue_timeout"] = _check("queue_timeout", queue_timeout)
         config["spool_path"] = spool_path
         if spool_path is not None:
             config["spool_path"] = os.path.abspath(_check("spool_path", spool_path, "log_path"))
         config["spool_max_bytes"] = _check("spool_max_bytes", spool_max_bytes, "size")
         config["on_error"] = _check("on_error", on_error)
         self._start(config)
-        if spool_path is not None:
-            self._state().begin()
 
 
-BatchCollecter._State = _Worker
+
+def _batch_state(
+    url: str,
+    request_timeout: float,
+    ssl_context: "Any",
+    headers: "Dict[str, str]",
+    interval: float,
+    due_size: int,
+    request_size: int,
+    queue_size: int,
+    queue_timeout: "Optional[float]",
+    spool_path: "Optional[str]",
+    spool_max_bytes: int,
+    on_error: "OnError",
+) -> _Worker:
+    queue: "_Queue"
+    transport = _Transport(url, ssl_context, headers)
+    if spool_path is None:
+        due_size = min(due_size, queue_size)  # a full queue is due, too
+        queue = _MemoryQueue(queue_size, due_size, interval)
+    else:
+        queue = _Spool(spool_path, spool_max_bytes, due_size, interval)
+    worker = _Worker(queue, _Sender(transport, queue, request_size, request_timeout), due_size, queue_timeout, on_error)
+    if spool_path is not None:
+        worker.begin(_CLOCK.now())  # for what ended processes have left there; the caller does not send it
+    return worker
+
+
+BatchCollecter._new_state = staticmethod(_batch_state)
 
 
 class LogCollecter(_Collecter):
@@ -2835,7 +4646,7 @@ class LogCollecter(_Collecter):
         )
 
 
-LogCollecter._State = _LogFile
+LogCollecter._new_state = _LogFile
 
 
 ########################################################################################################################
@@ -2844,7 +4655,7 @@ LogCollecter._State = _LogFile
 
 # States with records that are not delivered, of this process and, in a forked child, of its parent. Not weak: they
 # outlive their collecters until they are done. The steps of a set are atomic.
-_OPEN: "set[Any]" = set()
+_OPEN: "set[_State]" = set()
 _COLLECTERS: "List[Any]" = []  # weak references
 _HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
 
@@ -2874,34 +4685,16 @@ def _notice_forks(collecter: "_Collecter") -> None:
     _COLLECTERS.append(weakref.ref(collecter, _COLLECTERS.remove))
 
 
-# The number of this process: asking the system costs as much as half a check of a call. It holds while _FORKS is empty.
-_PID = 0
-_FORKS: "List[None]" = [None]  # an item for each fork under way, in atomic steps; one for ever where none is noticed
-
-
 @functools.lru_cache(None)  # once
 def _hook_fork() -> None:
     if _register_at_fork is not None:
-        _register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
-        _know_process()
-
-
-def _before_fork() -> None:
-    _FORKS.append(None)
-
-
-def _after_fork() -> None:
-    del _FORKS[:1]
-
-
-def _know_process() -> None:
-    global _PID
-    _PID = os.getpid()
-    del _FORKS[:]
+        # By its name: where the module is reloaded, the hooks are for the new one.
+        _register_at_fork(before=lambda: _FORK_GUARD.before(), after_in_parent=lambda: _FORK_GUARD.after_in_parent())
+        _register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _after_fork_in_child() -> None:
-    _know_process()
+    _FORK_GUARD.after_in_child()
     for reference in list(_COLLECTERS):
         collecter = reference()
         if collecter is not None:
@@ -2909,63 +4702,478 @@ def _after_fork_in_child() -> None:
 
 
 def _deliver_at_exit() -> None:
-    """Close all that is open, within `_EXIT_TIMEOUT` in all; report what could not be delivered."""
-    deadline = time.monotonic() + _EXIT_TIMEOUT
-    _HOOKS[os.getpid()] = False
+    """Close all that is open, within `_EXIT_TIMEOUT` in all; tell what could not be delivered.
+
+    A Ctrl-C ends the waiting, not the telling: close() goes on where it was interrupted.
+    """
+    deadline = _CLOCK.now() + _EXIT_TIMEOUT
+    _HOOKS[os.getpid()] = False  # what is put from here on is delivered by the call itself: begin() says so
     states = [state for state in list(_OPEN) if state.pid == os.getpid()]
+    untold: "List[Exception]" = []
+    for step in [functools.partial(_wait_at_exit, states)] + [functools.partial(_close_at_exit, s) for s in states]:
+        is_done = False
+        while not is_done:
+            try:
+                untold += step(deadline)
+                is_done = True
+            except (KeyboardInterrupt, SystemExit):  # a signal handler's
+                deadline = 0.0
+    number = sum(len(getattr(error, "records", ())) for error in untold)
+    if number:
+        _log("error", "%d records were not delivered at exit: %s", number, untold[-1])
+
+
+def _wait_at_exit(states: "List[_State]", deadline: float) -> "List[Exception]":
+    """Give what is under way a second; then say what the process waits for, and for how long."""
     for state in states:
         state.hurry()
-    lost, why = 0, None
     for state in states:
+        if state.closed:  # what it left is told, or stays on disk
+            continue
         try:
-            state.close(max(0.0, deadline - time.monotonic()))
-        except Exception as error:  # whatever befalls one, the others have their turn
-            records = getattr(error, "records", [])
-            if state.on_error is not None:
-                _tell(state.on_error, error, records)
-            else:
-                lost, why = lost + len(records), error
-    if lost:
-        _log("error", "%d records were not delivered at exit: %s", lost, why)
+            state.flush(max(0.0, min(1.0, deadline - _CLOCK.now())))
+        except Exception as error:
+            if deadline > _CLOCK.now():
+                _log("warning", "analysys: waiting at exit for up to %.0f s: %s", deadline - _CLOCK.now(), error)
+            break
+    return []
+
+
+def _close_at_exit(state: "_State", deadline: float) -> "List[Exception]":
+    """Close *state*; return what nobody was told of."""
+    try:
+        state.close(max(0.0, deadline - _CLOCK.now()))
+    except Exception as error:  # whatever befalls one, the others have their turn
+        if state.on_error is None:
+            return [error]
+        _tell(state.on_error, error, getattr(error, "records", []))
+    return []
 
 
 ########################################################################################################################
-# Receiver: a server for tests and for looking at what arrives
+########################################################################################################################
+#
+# The tools: everything below does nothing unless it is called. Who audits the SDK can stop here.
+#
+########################################################################################################################
+########################################################################################################################
+
+
+########################################################################################################################
+# Inventory: which events and properties there are, and which of them the platform would not tell apart
+########################################################################################################################
+
+_TYPES = {str: "string", int: "number", float: "number", bool: "boolean", list: "list"}  # the platform's words: C8
+
+
+class _Inventory:
+    """Counts what records hold by event and property, to answer "will the platform understand this?".
+
+    The platform wants one type for one property id over all events and folds ids to lower case. Event properties and
+    user properties are two worlds; ``$...`` properties are the platform's own. Memory is bounded: see _MAX_PAIRS.
+    """
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.refused = 0  # counted by who refuses
+        self._events: "Record" = {}  # as in the JSON: a copy would cost as much memory again
+        self._room = _MAX_PAIRS
+        self._cut = False
+
+    def add(self, record: "Record", times: int = 1) -> None:
+        """Count *record*, which keeps the rules of `_check_record`, or so many like it."""
+        self.accepted += times
+        event = self._events.get(record["xwhat"])
+        if event is None:
+            if not self._take_room():
+                return
+            event = self._events[record["xwhat"]] = {"count": 0, "properties": {}}
+        event["count"] += times
+        if record["xwhat"] == _UNSET.xwhat:
+            return
+        known = event["properties"]
+        for name, value in record["xcontext"].items():
+            if name[0] == "$":
+                continue
+            if name not in known:
+                if known and not self._take_room():  # the first one takes the room of its event
+                    continue
+                known[sys.intern(name)] = {"types": {}, "example": _example(value)}
+            counts, kind = known[name]["types"], _TYPES[type(value)]
+            counts[kind] = counts.get(kind, 0) + times
+
+    def as_json(self) -> "Record":
+        """Return what is counted in the shape of ``GET /api/inventory``; it changes with the next add()."""
+        found = {"events": self._events, "conflicts": self._conflicts()}
+        return dict(found, accepted=self.accepted, refused=self.refused, cut=self._cut)
+
+    def _conflicts(self) -> "List[Record]":
+        """Return the properties that are seen with two types, or spelled in two cases, in whatever events."""
+        first: "Dict[Tuple[bool, str], Any]" = {}  # world and id in lower case -> (id, types) where it was met first
+        found: "Dict[Tuple[bool, str], Record]" = {}
+        for key, name, types in self._pairs():
+            known = first.setdefault(key, (name, types))
+            if known[0] != name or len(types) > 1 or types.keys() != known[1].keys():
+                found[key] = {"kind": "user" if key[0] else "event", "property": key[1], "types": {}, "spellings": []}
+        for key, name, types in self._pairs() if found else ():
+            if key in found:
+                found[key]["spellings"] = sorted(set(found[key]["spellings"] + [name]))
+                for one, count in types.items():
+                    found[key]["types"][one] = found[key]["types"].get(one, 0) + count
+        return [found[key] for key in sorted(found)]
+
+    def _pairs(self) -> "Iterator[Tuple[Tuple[bool, str], str, Dict[str, int]]]":
+        """Return (whether it is a user property, id in lower case), id and types of each pair."""
+        for event, counted in self._events.items():
+            for name, pair in counted["properties"].items():
+                low = name.lower()
+                yield (event.startswith("$profile_"), name if low == name else low), name, pair["types"]
+
+    def _take_room(self) -> bool:
+        """Take room for one more pair of event and property, if there is any."""
+        self._cut = self._cut or not self._room
+        self._room -= not self._cut
+        return not self._cut
+
+
+def _example(value: "Any") -> "Any":
+    """Return a value short enough to show."""
+    if isinstance(value, str):
+        return value if len(value) <= _SHORT else value[:_SHORT] + "…"
+    return [_example(item) for item in value[:3]] if isinstance(value, list) else value
+
+
+########################################################################################################################
+# Receiver: a server that takes records as the platform does, for tests and for looking at what arrives
+#
+# A thread accepts; one more for each connection reads its requests, answers them and ends with it. `_Listener` and
+# `_Connection` know HTTP and no records, `Receiver` (and `_Site`, which adds the page) records and no sockets. Bodies
+# are read side by side, and `_Bodies` bounds what they hold; they are decoded, judged and kept one at a time, under
+# `Receiver._arrived`, for 16 MiB may be 64 MiB of text. Nobody waits for a client under a lock.
 ########################################################################################################################
 
 _MAX_BODY = 16 * 1024 * 1024  # bytes of a request's body
 _MAX_TEXT = 64 * 1024 * 1024  # bytes in it, decompressed
+_MAX_PARTS = 1000 * 1000  # values in it: each takes some 80 bytes of memory
+_MAX_HELD = 64 * 1024 * 1024  # bytes received of bodies, of all requests together: C8
+_MAX_HEAD = 64 * 1024  # bytes of a request's head
+_PIECE = 16 * 1024  # bytes received at once
+_BACKLOG = 128  # clients that may come at once
+_MAX_CONNECTIONS = 1000  # one more, and the one that was idle for longest has to go
+_IDLE_TIMEOUT = 60.0  # seconds that a connection may be without a request
+_CLIENT_TIMEOUT = 20.0  # seconds for a request's head, and for a client that neither sends nor takes anything
+_SLOWEST = 128 * 1024  # bytes a second that a body comes with, once those seconds are over
+
+_HEADER_NAME = r"[!-9;-~]+"
+
+_Request = collections.namedtuple("_Request", "method path query headers body")
+_Reply = collections.namedtuple("_Reply", "status headers payload")  # payload: pieces of bytes, or what streams them
+
+
+class _Trouble(Exception):
+    """A request that is answered with an HTTP status and a sentence, and ends its connection."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _json_reply(status: int, told: "Any", headers: "Iterable[Tuple[str, str]]" = ()) -> "_Reply":
+    return _Reply(status, dict(headers, **{"Content-Type": "application/json"}), [json.dumps(told).encode("ascii")])
+
+
+class _Bodies:
+    """Bounds the bytes that requests hold: beyond it they wait unread, but for the oldest, so that one always ends."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards what follows; notified when a request holds less
+        self._held = 0
+        self._sizes: "collections.OrderedDict[Any, int]" = collections.OrderedDict()  # by request, the oldest first
+
+    def hold(self, request: object, size: int) -> float:
+        """Return once *request* may hold *size* bytes in all (0: it lets go), and how many seconds that took."""
+        start = _CLOCK.now()
+        with self._changed:
+            more = size - self._sizes.setdefault(request, 0)
+            while self._held + more > _MAX_HELD and more > 0 and next(iter(self._sizes)) is not request:
+                self._changed.wait()
+            self._held += more
+            self._sizes[request] = size
+            if not size:
+                del self._sizes[request]
+            if more <= 0:
+                self._changed.notify_all()
+        return _CLOCK.now() - start
+
+
+class _Connection:
+    """One client: reads its requests within their limits of time and size, and sends what the site answers."""
+
+    def __init__(self, listener: "_Listener", sock: "Any") -> None:
+        self.sock = sock
+        self.idle_since = _CLOCK.now()  # infinity while a request is under way
+        self._listener = listener
+        self._buffer = bytearray()  # received, and not yet looked at
+
+    def run(self) -> None:
+        """Answer requests until the client is gone, or has to go."""
+        try:
+            self.sock.settimeout(_CLIENT_TIMEOUT)
+            if self._listener.tls is not None:  # here, where a slow handshake holds up nobody
+                self.sock = self._listener.tls.wrap_socket(self.sock, server_side=True)
+            while self._exchange():
+                self.idle_since = _CLOCK.now()
+        except (OSError, ValueError):  # gone, too slow, or no TLS
+            pass
+        finally:
+            self._listener.forget(self)
+
+    def send(self, pieces: "Iterable[bytes]") -> None:
+        self.sock.settimeout(_CLIENT_TIMEOUT)
+        for piece in pieces:
+            self.sock.sendall(piece)
+
+    def _exchange(self) -> bool:
+        """Answer one request; return whether there may be another."""
+        method, reply, keep = self._reply()
+        if reply is None:
+            return False
+        streams = callable(reply.payload)
+        keep = keep and not streams
+        lines = ["HTTP/1.1 %d %s" % (reply.status, "OK" if reply.status < 300 else "Error")]
+        lines += map(": ".join, sorted(reply.headers.items()))
+        if not streams and reply.status != 204:
+            lines.append("Content-Length: %d" % sum(map(len, reply.payload)))
+        lines += ["Date: " + _http_date(int(time.time())), "Connection: " + ("keep-alive" if keep else "close"), "", ""]
+        pieces = [] if streams or method == "HEAD" else reply.payload
+        self.send(["\r\n".join(lines).encode("latin-1") + b"".join(pieces[:1])] + pieces[1:])  # one packet, mostly
+        if streams and method != "HEAD":
+            reply.payload(self)
+        if not keep:
+            self._drain()
+        return keep
+
+    def _reply(self) -> "Tuple[str, Any, bool]":
+        """Return the method of the next request, its answer, None where there is none, and whether to go on then."""
+        method, keep = "", False
+        try:
+            head = self._head()
+            if not head:
+                return method, None, False
+            request, keep = _parse_head(head)
+            method = request.method
+            self._listener.site._admit(request)
+            return method, self._listener.site._answer(request._replace(body=self._body(request))), keep
+        except _Trouble as trouble:  # what the client sent may be unread
+            return method, _json_reply(trouble.status, {"code": trouble.status, "msg": str(trouble)}), False
+        except OSError:
+            raise
+        except Exception as error:  # a defect of ours, or no memory left, is the client's to hear of
+            return method, _json_reply(500, {"code": 500, "msg": "%s: %s" % (type(error).__name__, error)}), False
+        finally:
+            self._listener.bodies.hold(self, 0)
+
+    def _head(self) -> bytes:
+        """Return the head of the next request, without the empty line; nothing where the client leaves instead."""
+        deadline = self.idle_since + _IDLE_TIMEOUT
+        while b"\r\n\r\n" not in self._buffer[:_MAX_HEAD]:
+            if self._buffer and not self._buffer[:1].isalpha():
+                raise _Trouble(400, "this is no HTTP")  # TLS, mostly
+            if len(self._buffer) >= _MAX_HEAD:
+                raise _Trouble(431, "a head has at most %d bytes" % _MAX_HEAD)
+            if not self._receive(deadline):
+                return b""
+            if self.idle_since < float("inf"):
+                self.idle_since, deadline = float("inf"), _CLOCK.now() + _CLIENT_TIMEOUT
+        self.idle_since = float("inf")
+        head = bytes(self._buffer[: self._buffer.index(b"\r\n\r\n")])
+        del self._buffer[: len(head) + 4]
+        return head
+
+    def _body(self, request: "_Request") -> bytes:
+        """Return the body of *request*, or raise what is wrong with its length."""
+        size = _length(request)
+        if request.headers.get("expect", "").lower() == "100-continue" and len(self._buffer) < size:
+            self.send([b"HTTP/1.1 100 Continue\r\n\r\n"])
+        deadline = _CLOCK.now() + _CLIENT_TIMEOUT + size / _SLOWEST
+        while len(self._buffer) < size:
+            most = min(_PIECE, size - len(self._buffer))
+            deadline += self._listener.bodies.hold(self, len(self._buffer) + most)
+            if not self._receive(min(deadline, _CLOCK.now() + _CLIENT_TIMEOUT), most):
+                raise _Trouble(400, "the body is cut short")
+        rest = self._buffer[size:]  # little: a body may be large, and is copied once
+        del self._buffer[size:]
+        body, self._buffer = bytes(self._buffer), rest
+        return body
+
+    def _receive(self, deadline: float, most: int = _PIECE) -> bool:
+        """Receive something, or raise where nothing is there at *deadline*; False where nothing comes any more.
+
+        What is there already is taken also later: it may be us who are slow.
+        """
+        self.sock.settimeout(max(0.0, deadline - _CLOCK.now()))
+        data = self.sock.recv(most)
+        self._buffer += data
+        return bool(data)
+
+    def _drain(self) -> None:
+        """Have the client see the answer: closing with bytes unread would reset the connection under it."""
+        import socket
+
+        deadline = _CLOCK.now() + 1
+        self.sock.shutdown(socket.SHUT_WR)
+        while self._receive(deadline):
+            del self._buffer[:]
+
+
+@functools.lru_cache(1)  # once a second
+def _http_date(now: int) -> str:
+    import email.utils
+
+    return email.utils.formatdate(now, usegmt=True)
+
+
+def _parse_head(head: bytes) -> "Tuple[_Request, bool]":
+    """Return the request whose head this is, and whether its connection is to be kept."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    words = first.split(" ")
+    if len(words) != 3 or words[2] not in ("HTTP/1.1", "HTTP/1.0"):
+        raise _Trouble(400, "a request begins with its method, its path and HTTP/1.1")
+    headers: "Dict[str, str]" = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        # Who stands in front of us may take a bare CR or LF for the end of a line, and see another request.
+        if not colon or not re.fullmatch(_HEADER_NAME, name) or "\r" in value or "\n" in value or "\0" in value:
+            raise _Trouble(400, "a header is damaged")
+        headers[name] = "%s, %s" % (headers[name], value) if name in headers else value
+    path, _, query = words[1].partition("?")
+    keep = words[2] == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
+    return _Request(words[0], path, query, headers, b""), keep
+
+
+def _length(request: "_Request") -> int:
+    """Return how long the body of *request* is. Two answers to that are none: who stands in front may read another."""
+    length = request.headers.get("content-length")
+    if "transfer-encoding" in request.headers or length is None and request.method == "POST":
+        raise _Trouble(411, "a Content-Length is needed; a chunked body is not taken")
+    if length is None:
+        return 0
+    if not re.fullmatch(r"[0-9]{1,18}", length):  # two of them were joined by a comma
+        raise _Trouble(400, "Content-Length must be one number")
+    if int(length) > _MAX_BODY:
+        raise _Trouble(413, "a body has at most %d bytes" % _MAX_BODY)
+    return int(length)
+
+
+class _Listener:
+    """Accepts connections for *site*, each with a thread of its own, and ends them when it is closed."""
+
+    def __init__(self, site: "Receiver", host: str, port: int, tls: "Any" = None) -> None:
+        import socket
+
+        self.site = site
+        self.tls = tls  # an ssl.SSLContext
+        self.bodies = _Bodies()
+        self._connections: "set[_Connection]" = set()  # its steps are atomic
+        self.closed = threading.Event()
+        self._pid = os.getpid()
+        family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM)[0]
+        self._sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            # On Windows SO_REUSEADDR would take a port from its owner.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR if os.name == "posix" else -5, 1)
+            self._sock.bind(address)
+            self._sock.listen(_BACKLOG)
+            self.address: "Any" = self._sock.getsockname()
+            self._thread = threading.Thread(target=self._accept, daemon=True)
+            site._listener = self  # before anybody asks
+            self._thread.start()
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def close(self) -> None:
+        """Stop listening and hang up on everybody; in a forked child, only let go."""
+        if self._pid != os.getpid():
+            self._sock.close()
+            return
+        self.closed.set()
+        _hang_up(self._sock)  # wakes the thread; where it does not, that looks twice a second
+        self._thread.join()
+        self._sock.close()
+        for connection in list(self._connections):
+            _hang_up(connection.sock)
+
+    def forget(self, connection: "_Connection") -> None:
+        self._connections.discard(connection)
+        connection.sock.close()
+
+    def _accept(self) -> None:
+        self._sock.settimeout(0.5)
+        while not self.closed.is_set():
+            try:
+                sock, _ = self._sock.accept()
+            except OSError as error:
+                if error.errno is not None:  # no descriptor left: some of those that are open will end; or closed
+                    self.closed.wait(0.05)
+                continue
+            connection = _Connection(self, sock)
+            self._connections.add(connection)
+            if len(self._connections) > _MAX_CONNECTIONS:
+                _hang_up(min(list(self._connections), key=lambda one: one.idle_since).sock)
+            try:
+                threading.Thread(target=connection.run, daemon=True).start()
+            except RuntimeError:  # no thread can be started
+                self.forget(connection)
+
+
+def _hang_up(sock: "Any") -> None:
+    import socket
+
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
 
 
 class Receiver:
     """A small HTTP server that accepts records at ``/up`` as the platform does, checks them, and keeps them.
 
         with Receiver() as server:
-            tracker = AnalysysPythonSdk(DefaultCollecter(server.url))
+            tracker = AnalysysPythonSdk(BatchCollecter(server.url))
             ...
-            assert server.records == [...]
+            assert server.wait_for(2) == [...]
 
-    *host* and *port* (0: a free one) say where it listens. ``url`` is the address to give to a collecter and
-    ``records`` the list of what was accepted, in the order of arrival. A request with one bad record is refused whole.
+    *host* and *port* (0: a free one) say where it listens, from the start on. ``url`` is the address to give to a
+    collecter and ``records`` the list of what was accepted, in the order of arrival. A request with one bad record is
+    refused whole. Any thread may call any method.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        import http.server
-        import socket
-        import socketserver
+        self._open(host, port)
 
+    def _open(
+        self, host: str, port: int, tls: "Any" = None, names: "Iterable[str]" = (), cors: "Iterable[str]" = ()
+    ) -> None:
         self.records: "List[Record]" = []
-        self._connections: "set[Any]" = set()  # open ones; closed with the server
-        how = {"daemon_threads": True, "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET}
-        server = type("_Server", (socketserver.ThreadingMixIn, http.server.HTTPServer), how)
-        self._server: "Any" = server((host, port), _handler(self))
-        shown = "[%s]" % host if ":" in host else host
-        self.url = "http://%s:%d" % (shown, self._server.server_address[1])
-        self._thread: "Optional[threading.Thread]" = None
+        # Guards records and failures, and holds the bodies of others back; notified by what arrives.
+        self._arrived = threading.Condition()
+        self._failures: "Deque[List[Any]]" = collections.deque()  # [how many posts to come, status, code]
+        self._names = {name.lower() for name in names if name} | {"localhost"}  # that a Host header may have
+        self._cors = frozenset(origin.lower() for origin in cors)  # whose pages may post
+        try:
+            self._listener: "_Listener" = _Listener(self, host, port, tls)
+        except (OSError, RuntimeError, OverflowError, UnicodeError) as error:
+            message = "cannot listen on %s, port %s: %s" % (host, port, error)
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                message += "; another port, or 0 for a free one, will do (serve --port 0)"
+            raise AnalysysPythonSdkException(message) from error
+        self.address, port = self._listener.address[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # one that can be opened
+        self.url = "http%s://%s:%d" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port)
 
     def __enter__(self) -> "Receiver":
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
         return self
 
     def __exit__(self, *_: "Any") -> None:
@@ -2973,369 +5181,1838 @@ class Receiver:
 
     def close(self) -> None:
         """Stop listening and close all connections."""
-        if self._thread is not None:
-            self._server.shutdown()
-            self._thread.join()
-            self._thread = None
-        self._server.server_close()
-        for connection in list(self._connections):
-            _hang_up(connection)
+        self._listener.close()
 
-    def accept(self, body: bytes) -> "Tuple[int, Record]":
-        """Take the body of a request; return the HTTP status and the JSON object to answer."""
-        try:
-            text = body if body.lstrip()[:1] == b"[" else _unpack(body, _MAX_TEXT)
-            records = json.loads(text.decode("utf-8"))
-            if not isinstance(records, list) or not records:
-                raise ValueError("the body must be an array of records")
-            for number, record in enumerate(records):
-                try:
-                    _check_record(record)
-                except AnalysysPythonSdkIllegalDataException as error:
-                    raise ValueError("record %d: %s" % (number, error)) from None
-        except (ValueError, RecursionError) as error:
-            return 200, {"code": 400, "msg": str(error)}
-        self.records.extend(records)
-        return 200, {"code": 200}
+    def wait_for(self, number: int, timeout: "Optional[float]" = 10) -> "List[Record]":
+        """Return ``records`` once there are *number*, since the start or ``clear()``.
 
+        After *timeout* seconds (None: no limit) it raises TimeoutError.
+        """
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: len(self.records) >= number, timeout):
+                raise TimeoutError("%d of %d records came within %s s" % (len(self.records), number, timeout))
+            return self.records
 
-def _hang_up(connection: "Any") -> None:
-    import socket
+    def fail_next(self, number: int = 1, status: int = 500, code: "Optional[int]" = None) -> None:
+        """Have the next *number* posts fail: with HTTP *status*, or 200 and this *code*. Nothing of them is kept."""
+        _check("number", number, "size")
+        for name, value in (("status", status), ("code", code)):
+            if type(value) is not int and (name == "status" or value is not None):
+                raise _illegal(name, value, "must be an int")
+        if not 200 <= status <= 599:
+            raise _illegal("status", status, "must be an HTTP status from 200 to 599")
+        with self._arrived:
+            self._failures.append([number, status, code])
 
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
+    def clear(self) -> None:
+        """Forget the records, and the failures that are still to come."""
+        with self._arrived:
+            del self.records[:]
+            self._failures.clear()
 
+    def _admit(self, request: "_Request") -> None:
+        """Raise where a page of another origin asks, or one that got here by a name of its own (DNS rebinding): C8."""
+        headers, is_up = request.headers, request.path.endswith("/up")
+        host, origin = headers.get("host", "").lower(), headers["origin"].lower() if "origin" in headers else None
+        site, scheme = headers.get("sec-fetch-site", "none"), "http" if self._listener.tls is None else "https"
+        is_known = _host_name(host) in self._names or _is_address(_host_name(host))
+        if not is_known and not is_up:
+            raise _Trouble(403, "this page is not for the host %r: --allow-host NAME allows one" % host[:100])
+        if origin in self._cors and is_up:
+            return
+        follows = request.path == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link to the page
+        is_own = is_known and origin in (None, "%s://%s" % (scheme, host))
+        is_own = is_own and (site in ("none", "same-origin") or follows)
+        if not is_own and ("origin" in headers or site != "none"):
+            raise _Trouble(403, "pages of another origin may not ask: --cors ORIGIN lets those of one post to /up")
 
-def _handler(receiver: Receiver) -> "Any":
-    """Return the class that handles the requests to *receiver*."""
-    import http.server
+    def _answer(self, request: "_Request") -> "_Reply":
+        """Return what to answer to *request*, which is admitted and whole."""
+        if not request.path.endswith("/up"):
+            raise _Trouble(404, "records go to /up")
+        origin, headers = request.headers.get("origin", ""), {}
+        if origin.lower() in self._cors:
+            headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            if request.method == "OPTIONS":
+                asked = request.headers.get("access-control-request-headers", "content-type")
+                headers.update({"Access-Control-Allow-Headers": asked, "Access-Control-Allow-Methods": "POST"})
+                headers.update({"Access-Control-Allow-Private-Network": "true", "Access-Control-Max-Age": "600"})
+                return _Reply(204, headers, [])
+        if request.method != "POST":
+            raise _Trouble(405, "records are posted")
+        status, told = self._take(request.body)
+        return _json_reply(status, told, headers.items())
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-        timeout = 60  # seconds for a silent connection
-        wbufsize = -1  # one packet an answer
-
-        def setup(self) -> None:
-            super().setup()
-            receiver._connections.add(self.connection)
-
-        def finish(self) -> None:
-            receiver._connections.discard(self.connection)
+    def _take(self, body: bytes) -> "Tuple[int, Record]":
+        """Take the body of a request whole, or not at all; return the HTTP status and the JSON to answer."""
+        with self._arrived:
+            if self._failures:
+                return self._fail()
+            records: "List[Any]" = []
             try:
-                super().finish()
-            except OSError:  # the client is gone
-                pass
+                records = _received(body)
+                _check_all(records)
+                self._keep(records)
+                self._arrived.notify_all()
+                return 200, {"code": 200}
+            except (AnalysysPythonSdkFileException, AnalysysPythonSdkNetworkException) as error:  # not the data's fault
+                return 503, {"code": 500, "msg": _printable(error)}
+            except (ValueError, RecursionError) as error:
+                self._refuse(records, _printable(error))
+                return 200, {"code": 400, "msg": _printable(error)}
 
-        def do_POST(self) -> None:
-            length = self.headers.get("Content-Length", "")
-            if not self.path.split("?")[0].endswith("/up"):
-                self._answer(404, {"code": 404, "msg": "records go to /up"})
-            elif not length.isdigit():
-                self._answer(411, {"code": 411, "msg": "Content-Length is missing"})
-            elif int(length) > _MAX_BODY:
-                self._answer(413, {"code": 413, "msg": "a body has at most %d bytes" % _MAX_BODY})
-            else:
-                self._answer(*receiver.accept(self.rfile.read(int(length))))
+    def _fail(self) -> "Tuple[int, Record]":
+        left, status, code = self._failures[0]
+        self._failures[0][0] = left - 1
+        if left <= 1:
+            self._failures.popleft()
+        told = {"code": status if code is None else code, "msg": "it was told to fail"}
+        return (status if code is None else 200), told
 
-        def _answer(self, status: int, told: "Record") -> None:
-            self.close_connection = self.close_connection or status != 200  # the body may be unread
-            payload = json.dumps(told).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(payload)))
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            self.wfile.write(payload)
+    def _keep(self, records: "List[Record]") -> None:
+        self.records.extend(records)
 
-        def log_message(self, format: str, *args: "Any") -> None:
-            """Keep quiet: `records` says it all."""
+    def _refuse(self, records: "List[Any]", reason: str) -> None:
+        """A request with these *records*, none where it had no such, is refused."""
 
-    return Handler
+
+def _host_name(host: str) -> str:
+    """Return the name or address in a Host header."""
+    return re.sub(r":[0-9]*$", "", host).strip("[]") if host.count(":") < 2 or host[:1] == "[" else ""
+
+
+def _is_address(text: str) -> bool:
+    import ipaddress
+
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
+def _received(body: bytes) -> "List[Any]":
+    """Return the values in a body, plain or packed; raise ValueError where it is no array of at least one."""
+    try:
+        text = body if re.match(rb"\s*\[", body) else _unpack(body, _MAX_TEXT)
+    except ValueError as error:
+        raise ValueError("the body must be an array of records, plain or as base64 of gzip: %s" % error) from None
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_PARTS:
+        raise _Trouble(413, "a body has at most %d values" % _MAX_PARTS)
+    if re.search(rb"[0-9]{1000}", text):  # some Pythons take hours for it
+        raise ValueError("a number of a thousand digits is none of 64 bits")
+    found = _decode(text)
+    if not isinstance(found, list) or not found:
+        raise ValueError("the body must be an array of records")
+    return found
+
+
+def _check_all(records: "List[Any]") -> None:
+    """Raise ValueError that says which of *records*, which field and which rule, where one is bad."""
+    for number, record in enumerate(records, 1):
+        try:
+            _check_record(record)
+        except AnalysysPythonSdkIllegalDataException as error:
+            raise ValueError("record %d of %d: %s" % (number, len(records), error)) from None
 
 
 ########################################################################################################################
-# Command line
+# Page: `serve`, a receiver with a page to look at what comes in
+#
+# What came is kept as numbered lines in a `_Feed`, which knows no HTTP; each page that is open reads on from its own
+# place in it, so there is no queue for each. `_Site` adds lines to it under Receiver._arrived; the feed's own lock is
+# taken after that one, never before. Events are hostile: the page makes text of them, never markup.
 ########################################################################################################################
 
-_DONE, _SOME_REJECTED, _NOT_DELIVERED, _WRONG_USAGE = 0, 1, 2, 64  # exit statuses: C8
+_MAX_EVENTS = 1000  # kept to look at: C8
+_MAX_EVENT_BYTES = 16 * 1024 * 1024  # kept of them in all, though the last one may be larger
+_MAX_SHOWN = 4 * 1024 * 1024  # bytes of a record that is kept to look at
+_MAX_LAG = 1024 * 1024  # bytes that a page may be behind: C8
+_LAG_LOOK = 1.0  # seconds after which it is looked whether it is
+_ALIVE_EVERY = 15.0  # seconds between comments in a stream: C8
+_GATHER = 0.05  # seconds in which events are gathered for a page
+_RATED = 300  # seconds that the page's chart goes back
+_LINES_PER_SECOND = 100  # printed: C8
 
 
-def main(argv: "Optional[List[str]]" = None) -> int:
-    """Run the command line with *argv* (None: that of the process) and return its exit status."""
-    import argparse
+_HEADERS = {  # of everything that may show what came
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
-    parser = argparse.ArgumentParser(prog="analysys", description="Server-side events for Analysys Ark.")
-    parser.add_argument("--version", action="store_true", help="show the version, the file's SHA-256 and the Python")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    demo = commands.add_parser("demo", help="run the product document's scenario on this machine")
-    demo.set_defaults(run=_demo)
-    upload = commands.add_parser("upload", help="deliver files of records")
-    upload.set_defaults(run=_upload)
-    add = upload.add_argument
-    add("path", nargs="+", metavar="PATH", help="a directory of datas_*.log, a file, a .gz, or -")
-    add("--server", metavar="URL", default="", help="http(s)://host[:port][/path]")
-    add("--dry-run", action="store_true", help="send nothing: check every line and print a summary")
-    add("--follow", action="store_true", help="go on as files grow and rotate, until SIGTERM")
-    add("--delete", action="store_true", help="remove files that are wholly delivered and not in use")
-    add("--history", action="store_true", help="add $importFlag: 1 to records that lack it")
-    add("--checkpoint", metavar="FILE", help="where to note what is delivered; default: beside the files")
-    add("--batch", type=_converter("size", int), default=500, metavar="N", help="records a request; 500")
-    seconds = _converter("seconds", float)
-    add("--request-timeout", type=seconds, default=_REQUEST_TIMEOUT, metavar="SECONDS", help="for a whole request; 10")
-    add("--ca", metavar="FILE", help="certificates of a private CA, in PEM")
-    add("--header", action="append", default=[], metavar="'Name: value'", help="for every request")
-    stderr, sys.stderr = sys.stderr, io.StringIO()  # argparse's usage lines; its last line says what is wrong
+
+class _Feed:
+    """Keeps the last events as lines, numbered, and how many came in each of the last seconds."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()  # guards all that follows; notified by events and by clear()
+        self.number = int(time.time() * 1e6)  # of the newest event; grows over restarts, too
+        self.cleared = 0  # the number of the last clear()
+        self.total = 0  # bytes of all lines that ever were
+        self._lines: "Deque[Tuple[int, int, bytes]]" = collections.deque()  # number, total with it, line
+        self._size = 0  # bytes of these
+        self._rates: "Deque[List[int]]" = collections.deque(maxlen=_RATED)  # [second, accepted, refused]
+
+    def add(self, records: "List[Any]", reasons: "Callable[[int], Optional[str]]", refused: int) -> None:
+        """Add the events of one request; *reasons* tells why the record at a place is refused."""
+        now = time.time()
+        with self.changed:
+            skipped = max(0, len(records) - _MAX_EVENTS)
+            self.number += skipped
+            for place in range(skipped, len(records)):
+                self.number += 1
+                self._append(_event_line(self.number, now, reasons(place), records[place]))
+            if not self._rates or self._rates[-1][0] != int(now):
+                self._rates.append([int(now), 0, 0])
+            self._rates[-1][1] += len(records) - refused
+            self._rates[-1][2] += refused
+            self.changed.notify_all()
+
+    def clear(self) -> None:
+        """Forget everything but the number."""
+        with self.changed:
+            self._lines.clear()
+            self._rates.clear()
+            self._size = 0
+            self.number += 1
+            self.cleared = self.number
+            self.changed.notify_all()
+
+    def after(self, number: int, most: float = float("inf")) -> "List[Tuple[int, int, bytes]]":
+        """Return events over *number*, the oldest first, of *most* bytes and one more. Called under `changed`."""
+        found = list(itertools.takewhile(lambda event: event[0] > number, reversed(self._lines)))[::-1]
+        return [event for event in found if event[1] - found[0][1] <= most]
+
+    def rates(self) -> "List[List[int]]":
+        with self.changed:
+            return [list(rate) for rate in self._rates if rate[0] > time.time() - _RATED]
+
+    def _append(self, line: bytes) -> None:
+        self._size += len(line)
+        self.total += len(line)
+        self._lines.append((self.number, self.total, line))
+        while len(self._lines) > _MAX_EVENTS or self._size > _MAX_EVENT_BYTES and len(self._lines) > 1:
+            self._size -= len(self._lines.popleft()[2])
+
+
+def _event_line(number: int, now: float, reason: "Optional[str]", record: "Any") -> bytes:
+    """Return one event as a line of JSON, with the record at its end, where the page finds its exact text."""
     try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as stop:
-        if not stop.code:
-            return _DONE
-        said, sys.stderr = sys.stderr.getvalue(), stderr
-        _print(said.strip().splitlines()[-1], sys.stderr)
-        return _WRONG_USAGE
-    finally:
-        sys.stderr = stderr
-    if arguments.version:
-        _print("analysys %s, SHA-256 %s, Python %s" % (__version__, _fingerprint(), sys.version.split()[0]))
-        return _DONE
-    if arguments.command is None:
-        _print(parser.format_help().rstrip())
-        return _DONE
-    try:
-        status: int = arguments.run(arguments)
-        return status
-    except (AnalysysPythonSdkException, OSError) as error:
-        _print("analysys: %s" % error, sys.stderr)
-        return _WRONG_USAGE if isinstance(error, AnalysysPythonSdkIllegalDataException) else _NOT_DELIVERED
+        text = _encode(record)
+        text.encode("utf-8")
+    except (ValueError, RecursionError):  # a number too large for a float, or half a character
+        try:
+            text = json.dumps(_tame(record))
+        except RecursionError:
+            text = "null"
+    if len(text) > _MAX_SHOWN:
+        text = "null"
+    form = '{"n":%d,"received":%d,"reason":%s,"record":%s}\n'
+    return (form % (number, now * 1000, json.dumps(reason), text)).encode()
 
 
-def _converter(rule: str, kind: "Any") -> "Any":
-    """Return what turns an option's text into a value that keeps to a rule of `_RULES`."""
-
-    def number(text: str) -> "Any":
-        return _RULES[rule].plain(kind(text))
-
-    return number
-
-
-def _print(text: str, file: "Any" = None) -> None:
-    """Print *text*, also on a terminal that cannot show all of it."""
-    file = file or sys.stdout
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+def _tame(value: "Any") -> "Any":
+    """Return *value* with text in the place of numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {name: _tame(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_tame(item) for item in value]
+    return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
 
 
-def _fingerprint() -> str:
-    """Return the SHA-256 of this file: people copy it and want to know which one they have."""
-    import hashlib
+class _Site(Receiver):
+    """A receiver with a page, an API and a memory of what came; it may write to a log and hand on to the platform."""
 
-    try:
-        source = globals()["__loader__"].get_data(__file__)  # from a zip, too
-    except (KeyError, OSError, AttributeError):
-        return "unknown"
-    return hashlib.sha256(source).hexdigest()
+    def __init__(self, options: "Any", tls: "Any", log: "Any" = None, forward: "Any" = None) -> None:
+        self.feed = _Feed()
+        self.printer = _Printer()
+        self.inventory = _Inventory()  # under _arrived
+        self._log = log  # a LogCollecter or None
+        self._forward = forward  # a BatchCollecter with a spool, or None
+        self._routes = {
+            ("GET", "/"): self._page,
+            ("GET", "/api/events"): self._events,
+            ("DELETE", "/api/events"): self._clear,
+            ("GET", "/api/stream"): self._stream,
+            ("GET", "/api/inventory"): self._as_inventory,
+            ("GET", "/api/rates"): self._rates,
+            ("POST", "/api/fail"): self._fail_next,
+        }
+        self._open(options.host, options.port, tls, [options.host] + options.allow_host, options.cors)
+
+    def clear(self) -> None:
+        """Forget events, inventory, counts, and failures to come."""
+        with self._arrived:
+            super().clear()
+            self.inventory = _Inventory()
+            self.feed.clear()
+
+    def _answer(self, request: "_Request") -> "_Reply":
+        method = "GET" if request.method == "HEAD" else request.method
+        route = self._routes.get((method, request.path))
+        if route is not None:
+            return route(request)
+        if any(path == request.path for _, path in self._routes):
+            raise _Trouble(405, "%s is not for %s" % (request.path, request.method))
+        return super()._answer(request)
+
+    def _take(self, body: bytes) -> "Tuple[int, Record]":
+        status, told = super()._take(body)
+        if told["code"] >= 500:  # the disk is full, say: who looks on is to hear of it, too
+            self.printer.add(None, told["msg"])
+        return status, told
+
+    def _keep(self, records: "List[Record]") -> None:
+        lines = b"".join(map(_line, records))
+        if self._log is not None:
+            self._log._put(lines, False)  # one write, whole or not at all; so is the other
+        try:
+            if self._forward is not None:
+                self._forward._put(lines, any(record["xwhat"] == _ALIAS for record in records))
+        except Exception:
+            if self._log is not None:
+                self._log._state().take_back(lines)
+            raise
+        for record in records:
+            self.inventory.add(record)
+        self.feed.add(records, lambda place: None, 0)
+        for record in records:
+            self.printer.add(record, None)
+
+    def _refuse(self, records: "List[Any]", reason: str) -> None:
+        found = re.match(r"record (\d+) of ", reason)
+        bad, other = (int(found.group(1)), "refused with record %s" % found.group(1)) if found else (1, reason)
+        objects = [record if isinstance(record, dict) else None for record in records]
+        if not any(record is not None for record in objects):
+            objects, bad = [None], 1
+        self.inventory.refused += len(objects)
+        self.feed.add(objects, lambda place: reason if place + 1 == bad else other, len(objects))
+        for place, record in enumerate(objects, 1):
+            self.printer.add(record, reason if place == bad else other)
+
+    def _page(self, _: "_Request") -> "_Reply":
+        import hashlib
+
+        policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        policy += "frame-ancestors 'none'; require-trusted-types-for 'script'"
+        for kind, source in (("style", _STYLE), ("script", _SCRIPT)):
+            digest = binascii.b2a_base64(hashlib.sha256(source.encode("utf-8")).digest(), newline=False)
+            policy += "; %s-src 'sha256-%s'" % (kind, digest.decode())
+        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
+        headers.update({"Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin"})
+        return _Reply(200, dict(_HEADERS, **headers), [(_HTML % (_STYLE, _SCRIPT)).encode("utf-8")])
+
+    def _events(self, request: "_Request") -> "_Reply":
+        found = re.fullmatch(r"(?:after=([0-9]{1,18}))?", request.query)
+        if not found:
+            raise _Trouble(400, "the query must be after=N or nothing")
+        with self.feed.changed:
+            lines = [line for _, _, line in self.feed.after(int(found.group(1) or 0))]
+        return _Reply(200, dict(_HEADERS, **{"Content-Type": "application/x-ndjson; charset=utf-8"}), lines or [b""])
+
+    def _clear(self, _: "_Request") -> "_Reply":
+        self.clear()
+        return _Reply(204, _HEADERS, [b""])
+
+    def _as_inventory(self, _: "_Request") -> "_Reply":
+        with self._arrived:  # it is not a copy
+            return _json_reply(200, self.inventory.as_json(), _HEADERS.items())
+
+    def _rates(self, _: "_Request") -> "_Reply":
+        return _json_reply(200, {"now": int(time.time()), "rates": self.feed.rates()}, _HEADERS.items())
+
+    def _fail_next(self, request: "_Request") -> "_Reply":
+        try:
+            asked = _decode(request.body or b"{}")
+            self.fail_next(**asked)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _Trouble(400, "number, status and code are asked for in JSON: %s" % str(error)[:200]) from None
+        return _Reply(204, _HEADERS, [b""])
+
+    def _stream(self, request: "_Request") -> "_Reply":
+        last = request.headers.get("last-event-id", "")
+        start = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else 0
+        headers = dict(_HEADERS, **{"Content-Type": "text/event-stream; charset=utf-8"})
+        return _Reply(200, headers, lambda connection: self._follow(connection, start))
+
+    def _follow(self, connection: "_Connection", start: int) -> None:
+        """Send events to one page as they come, until it leaves or lags; *start* is the last that it has, or 0."""
+        feed, data = self.feed, b"retry: 1000\n\n"
+        with feed.changed:
+            at = start if 0 < start <= feed.number else feed.cleared
+            total = feed.total  # bytes that it has, or need not have yet: what came before it is no lag
+        while True:
+            self._push(connection, data, total)
+            if self._listener.closed.wait(_GATHER):
+                return
+            with feed.changed:
+                if feed.number <= at:  # it has everything; what comes now in one request is no lag
+                    feed.changed.wait(_ALIVE_EVERY)  # for new events, or clear()
+                    total = feed.total
+                elif feed.total - total > _MAX_LAG:
+                    return
+                cleared = feed.cleared > at
+                at = max(at, feed.cleared)
+                found = feed.after(at, _MAX_LAG // 4)
+                newest = feed.number
+            pieces = [b"id: %d\nevent: clear\ndata: {}\n\n" % at] if cleared else []
+            for number, had, line in found:
+                pieces.append(b"id: %d\ndata: %s\n" % (number, line))
+                at, total = number, max(total, had)
+            at = at if found else newest
+            data = b"".join(pieces) or b":\n\n"
+
+    def _push(self, connection: "_Connection", data: bytes, total: int) -> None:
+        """Send *data* to a page that has *total* bytes of the feed then; raise OSError where it lags."""
+        import socket
+
+        rest, deadline = memoryview(data), _CLOCK.now() + _CLIENT_TIMEOUT
+        connection.sock.settimeout(_LAG_LOOK)
+        while rest:
+            try:
+                rest = rest[connection.sock.send(rest) :]
+                deadline = _CLOCK.now() + _CLIENT_TIMEOUT
+            except socket.timeout:
+                if self.feed.total - total > _MAX_LAG or _CLOCK.now() > deadline:
+                    raise
 
 
-def _upload(arguments: "Any") -> int:
-    """Deliver files of lines, or check them only."""
-    paths = list(map(_existing, arguments.path))
-    if arguments.dry_run:
-        return _check_files(paths)
-    headers = _http_headers(dict(map(_header, arguments.header)))
-    context = None
-    if arguments.ca:
-        import ssl
+class _Printer:
+    """Prints a line a record in the main thread, at most 100 a second: a terminal that stands still holds up nobody."""
 
-        context = ssl.create_default_context(cafile=arguments.ca)
-    transport = _Transport(_url(arguments.server), context, headers)
-    checkpoint = _Checkpoint(arguments.checkpoint or _beside(paths[0]))
-    checkpoint.lock()
-    try:
-        shipment = _Shipment(paths, checkpoint, arguments)
-        sender = _Sender(transport, shipment.ledger)
-        _ship(shipment, sender, arguments)
-        return _sum_up(shipment, sender)
-    finally:
-        transport.close()
-        checkpoint.unlock()
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards what follows; notified by lines
+        self._lines: "List[Tuple[Any, Optional[str]]]" = []  # record and why it was refused
+        self._second = 0
+        self._room = 0  # lines that this second may still have
+        self._more = 0  # that it had beyond those
 
+    def add(self, record: "Any", reason: "Optional[str]") -> None:
+        """Have *record* printed, unless there are too many."""
+        with self._changed:
+            self._turn()
+            if self._room <= 0 or len(self._lines) > 2 * _LINES_PER_SECOND:
+                self._more += 1
+                return
+            self._room -= 1
+            self._lines.append((record, reason))
+            self._changed.notify()
 
-def _sum_up(shipment: "_Shipment", sender: "_Sender") -> int:
-    """Print what became of a shipment and return the exit status that says so."""
-    counts = shipment.stats()
-    remaining = shipment.remaining()
-    _print("delivered %d, rejected %d, remaining %d" % (counts["delivered"], counts["rejected"], remaining))
-    if counts["rejected"]:
-        _print("the rejected ones are in %s" % shipment.rejected_path)
-    if remaining:
-        why = shipment.problem or ("it was stopped" if sender.failing_since is None else sender.state())
-        _print("analysys: not all is delivered: %s" % why, sys.stderr)
-        return _NOT_DELIVERED
-    return _SOME_REJECTED if counts["rejected"] else _DONE
-
-
-def _header(text: str) -> "Tuple[str, str]":
-    name, colon, value = text.partition(":")
-    if not colon:
-        raise _illegal("--header", text, "must be 'Name: value'")
-    return name.strip(), value.strip()
-
-
-def _beside(path: str) -> str:
-    """Return the checkpoint that lies beside *path*; for standard input there is none."""
-    if path == "-":
-        return ""
-    return os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "upload.checkpoint")
-
-
-def _ship(shipment: "_Shipment", sender: "_Sender", options: "Any") -> None:
-    """Send until all is delivered, the server has failed for too long, or a signal says stop."""
-    import signal
-
-    signals: "List[int]" = []
-    woken = _Signal()  # not an Event, whose lock a handler would wait for that interrupts a wait
-    progress = _Progress(shipment)
-    kept = {}
-
-    def on_signal(number: int, _: "Any") -> None:
-        signals.append(number)
-        woken.notify()
-        if shipment.is_waiting:  # for standard input; but a request under way is waited for
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            kept[number] = signal.signal(number, on_signal)
-    try:
-        while not signals:
-            sender.attempt(shipment, options.batch, options.request_timeout)
-            sender.warn()
-            while shipment.refusals:
-                _log("error", "%s", shipment.refusals.popleft())
-            progress.show()
-            if sender.failing_since is not None:
-                if not options.follow and sender.not_before - sender.failing_since > _GIVE_UP:
-                    break
-                woken.wait_for(lambda: bool(signals), sender.not_before)
-            elif shipment.is_empty():
-                if not options.follow:
-                    break
-                if not shipment.look_again():
-                    woken.wait_for(lambda: bool(signals), time.monotonic() + _FOLLOW_EVERY)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        progress.end()
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-class _Progress:
-    """Shows how far a shipment is: a line that changes on a terminal, otherwise a line a minute."""
-
-    def __init__(self, shipment: "_Shipment") -> None:
-        self._shipment = shipment
-        self._began = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-        self._every = 0.5 if self._is_terminal else 60.0  # seconds
-        self._next = self._began + self._every
+    def run(self) -> None:
+        """Print until a signal raises."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines, 1)
+            self.show()
 
     def show(self) -> None:
-        """Show a line if it is time."""
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + self._every
-        seconds = now - self._began
-        files, done, total = self._shipment.progress()
-        counts = self._shipment.stats()
-        events = counts["delivered"] + counts["rejected"]
-        left = seconds * (total - done) / done if done else 0.0
-        text = "%s, %.1f of %.1f MB" % (files, done / 1e6, total / 1e6)
-        text += ", %d events, %.0f events/s" % (events, events / seconds)
-        text += ", %d:%02d left" % divmod(left, 60)
-        sys.stderr.write("\r%s\x1b[K" % text if self._is_terminal else text + "\n")
-        sys.stderr.flush()
+        """Print what waits."""
+        import shutil
 
-    def end(self) -> None:
-        """Leave the terminal's line empty."""
-        if self._is_terminal:
-            sys.stderr.write("\r\x1b[K")
+        with self._changed:
+            self._turn()
+            lines, self._lines = self._lines, []
+        columns = shutil.get_terminal_size((160, 24)).columns
+        if lines:
+            _print("\n".join(_event_text(record, reason, columns) for record, reason in lines))
+
+    def _turn(self) -> None:
+        """Where a second is over, say how many more it had."""
+        if self._second != int(_CLOCK.now()):
+            self._second, self._room = int(_CLOCK.now()), _LINES_PER_SECOND
+            if self._more:
+                self._lines.append((_MORE, "… {:,} more".format(self._more)))
+                self._more = 0
+
+
+_MORE = object()
+
+
+def _event_text(record: "Any", reason: "Optional[str]", columns: int) -> str:
+    """Return the line that is printed of a record: time, who, what, platform, properties; or in red the reason."""
+    if record is _MORE:
+        return str(reason)
+    cells = [time.strftime("%H:%M:%S"), "-", "-", "-", reason or ""]
+    if isinstance(record, dict):
+        context = record.get("xcontext")
+        context = context if isinstance(context, dict) else {}
+        who, what = record.get("xwho", "-"), record.get("xwhat", "-")
+        cells[1:4] = map(_plain, (who, what, context.get("$platform", "-")))
+        own = itertools.islice((item for item in context.items() if item[0] not in _CONTEXT_RULES), 10)
+        cells[4] = reason or ", ".join("%s: %s" % (name, _plain(value)) for name, value in own)
+    cells[:4] = [_fit(_printable(cell), width) for cell, width in zip(cells, (8, 16, 20, 8))]
+    text = _fit("  ".join(cells[:4] + [_printable(cells[4])]), columns).rstrip()
+    return "\x1b[31m%s\x1b[0m" % text if reason and _has_colours() else text
+
+
+def _plain(value: "Any") -> str:
+    return value[:_MAX_STRING] if isinstance(value, str) else _shown(value)
+
+
+def _fit(text: str, width: int) -> str:
+    """Return *text* in exactly *width* columns of a terminal."""
+    if _width(text) > width:
+        text = text[: sum(end < width for end in itertools.accumulate(_columns(text[:width])))] + _showable("…", "~")
+    return text + " " * (width - _width(text))
+
+
+def _serve(arguments: "Any") -> int:
+    """Run a site until a signal comes; print what arrives, and how much it was."""
+    # What is needed while it runs: out of an import, a signal may come as another error than KeyboardInterrupt.
+    import shutil  # noqa: F401
+    import signal
+
+    if bool(arguments.forward) != bool(arguments.spool_path):
+        raise _illegal("--spool-path", arguments.spool_path, "must be given with --forward, and only then")
+    for origin in arguments.cors:
+        if not re.fullmatch(r"https?://[^/?#*@\s]+", origin, re.IGNORECASE):
+            raise _illegal("--cors", origin, "must be an origin, like http://localhost:3000, without a path")
+    tls, log, forward = _server_tls(arguments.tls), None, None
+    if arguments.forward:
+        told = functools.partial(_print_error, "not forwarded")
+        forward = BatchCollecter(arguments.forward, 1, 500, 500, spool_path=arguments.spool_path, on_error=told)
+    try:
+        if arguments.log_path:
+            log = LogCollecter(arguments.log_path)
+        site = _Site(arguments, tls, log, forward)
+    except AnalysysPythonSdkException:
+        if forward is not None:
+            forward.close(0)
+        raise
+    is_private = _is_loopback("[%s]" % site.address if ":" in site.address else site.address)
+    kept = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _print("serving on %s" % site.url)
+        if not is_private:
+            _print("analysys: whoever reaches %s can read what comes in" % site.address, sys.stderr)
+        site.printer.run()
+    except KeyboardInterrupt:
+        for number, _ in kept:
+            signal.signal(number, signal.SIG_IGN)  # the end is near, and counts
+        site.close()
+        site.printer.show()
+        # Not as_json(): a request may still be at work, and counts.
+        summary = "{:,} accepted, {:,} refused".format(site.inventory.accepted, site.inventory.refused)
+        if forward is not None:
+            forward.close(0.2)
+            summary += "; {:,} wait in {}".format(forward.stats()["pending"], arguments.spool_path)
+        _print(summary)
+    finally:
+        site.close()
+        for number, handler in kept:
+            signal.signal(number, handler)
+    return _DONE
+
+
+def _server_tls(files: "Optional[List[str]]") -> "Any":
+    if not files:
+        return None
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(files[0], files[1], lambda: "")  # no password: nobody is asked for one
+    except (OSError, ValueError) as error:
+        raise _illegal("--tls", " ".join(files), "must be a certificate and its key in PEM: %s" % error) from None
+    return context
+
+
+_HTML = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>analysys</title>
+<link rel="icon" href="data:,">
+<style>%s</style>
+</head>
+<body>
+<header>
+  <h1>analysys</h1>
+  <span id="state" role="status"></span>
+  <nav role="tablist">
+    <button id="tab-events" role="tab" aria-selected="true" aria-controls="events" data-t="events"></button>
+    <button id="tab-inventory" role="tab" aria-selected="false" aria-controls="inventory" data-t="inventory"></button>
+  </nav>
+</header>
+<section id="summary">
+  <p class="count"><b id="accepted">0</b> <span data-t="accepted"></span></p>
+  <p class="count bad"><b id="refused">0</b> <span data-t="refused"></span></p>
+  <figure>
+    <svg id="chart" role="img" viewBox="0 0 300 50" preserveAspectRatio="none"><path/><path class="bad"/></svg>
+    <figcaption><span data-t="ago"></span><span id="peak"></span><span data-t="now"></span></figcaption>
+  </figure>
+</section>
+<main id="events" role="tabpanel" aria-labelledby="tab-events">
+  <form id="tools" role="search">
+    <input id="search" type="search" autocomplete="off" spellcheck="false" maxlength="300" data-label="search">
+    <select id="what" data-label="what"></select>
+    <select id="platform" data-label="platform"></select>
+    <select id="outcome" data-label="outcome"></select>
+    <button id="pause" type="button" aria-pressed="false" aria-keyshortcuts="p"></button>
+    <button id="download" type="button" data-t="download" data-title="downloadHint"></button>
+    <button id="clear" type="button" data-t="clear" data-title="clearHint"></button>
+  </form>
+  <p id="news" class="unseen" aria-live="polite"></p>
+  <div class="columns">
+    <div class="list">
+      <div class="row head" aria-hidden="true"><span data-t="time"></span><span data-t="what"></span>
+        <span data-t="who"></span><span data-t="platform"></span><span data-t="login"></span>
+        <span data-t="properties"></span></div>
+      <div id="rows" role="listbox" tabindex="0" data-label="events"></div>
+      <p id="hint"></p>
+    </div>
+    <aside><h2 data-t="byEvent"></h2><ol id="counts"></ol></aside>
+  </div>
+</main>
+<main id="inventory" role="tabpanel" aria-labelledby="tab-inventory" hidden></main>
+<section id="detail" role="dialog" data-label="record" tabindex="-1" hidden>
+  <header><h2 id="title"></h2><button id="copy" data-t="copy"></button><button id="close" data-t="close"
+    aria-keyshortcuts="Escape"></button></header>
+  <p id="reason" class="bad"></p>
+  <pre id="json" tabindex="0"></pre>
+</section>
+<footer data-t="keys"></footer>
+<script>%s</script>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { --paper: #f6f7f9; --card: #fff; --ink: #1b2430; --soft: #5b6675; --line: #dfe3e8; --main: #0b6bcb;
+  --tint: #e5f0fb; --bad: #c01f33; --badtint: #fdecee; --text: #0a7a4b; --number: #8a4b00; }
+@media (prefers-color-scheme: dark) { :root { --paper: #12161c; --card: #1a2029; --ink: #e5eaf0; --soft: #97a3b2;
+  --line: #2d3642; --main: #62aef7; --tint: #1d3147; --bad: #ff7d8a; --badtint: #3a1d23; --text: #6fd3a2;
+  --number: #f0b470; } }
+* { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
+body { background: var(--paper); color: var(--ink);
+  font: 14px/1.45 system-ui, "PingFang SC", "Microsoft YaHei", sans-serif; max-width: 1800px; margin: auto;
+  padding: 0 16px; overflow-wrap: anywhere; }
+h1 { font-size: 18px; letter-spacing: -.02em; } h2 { font-size: 13px; } .bad { color: var(--bad); }
+button, select, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; padding: 5px 12px; min-width: 0; min-height: 34px; white-space: nowrap; }
+button { cursor: pointer; flex-shrink: 0; } button:hover { border-color: var(--main); }
+:focus-visible { outline: 2px solid var(--main); outline-offset: 1px; }
+body > header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 12px; padding: 12px 0; }
+#state { color: var(--soft); flex: 1; }
+#state::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 6px;
+  background: var(--text); }
+#state.off::before { background: var(--bad); } nav { display: flex; gap: 4px; }
+nav button[aria-selected=true] { background: var(--main); color: var(--card); border-color: var(--main); }
+#summary, .list, aside, #inventory > * { background: var(--card); border: 1px solid var(--line);
+  border-radius: 12px; }
+#summary { display: flex; flex-wrap: wrap; gap: 8px 28px; align-items: center; padding: 12px 16px; }
+.count b { display: block; font-size: 26px; line-height: 1.1; font-variant-numeric: tabular-nums; }
+figure { flex: 1 1 240px; }
+#chart { display: block; width: 100%; height: 50px; border-bottom: 1px solid var(--line); fill: var(--main); }
+#chart .bad { fill: var(--bad); }
+figcaption { display: flex; justify-content: space-between; color: var(--soft); font-size: 12px; }
+#tools { display: flex; flex-wrap: wrap; gap: 8px; padding: 12px 0; position: sticky; top: 0;
+  background: var(--paper); z-index: 1; }
+#search { flex: 1 1 220px; } select { max-width: 200px; }
+#pause[aria-pressed=true] { background: var(--main); color: var(--card); }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.columns { display: grid; grid-template-columns: minmax(0, 1fr) 260px; gap: 12px; align-items: start; }
+.list, aside { overflow: hidden; } aside { padding: 12px; position: sticky; top: 60px; }
+.row { display: grid; grid-template-columns: 70px minmax(0, 2fr) minmax(0, 1.6fr) 76px 48px minmax(0, 5fr); gap: 10px;
+  padding: 6px 12px; border-bottom: 1px solid var(--line); border-left: 3px solid transparent; cursor: pointer;
+  content-visibility: auto; contain-intrinsic-size: auto 34px; }
+.row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
+.row .time, .row .rest { color: var(--soft); font-variant-numeric: tabular-nums; } .row .what { font-weight: 600; }
+.row.head { color: var(--soft); font-size: 12px; cursor: default; } .row:not(.head):hover { background: var(--tint); }
+.row.refused, .row.refused > * { color: var(--bad); background: var(--badtint); }
+.row.refused { border-left-color: var(--bad); }
+.row[aria-selected=true] { background: var(--tint); border-left-color: var(--main); }
+#rows:focus-visible { outline-offset: -2px; }
+#hint { padding: 28px 16px; color: var(--soft); text-align: center; white-space: pre-line; }
+#hint:empty { display: none; } #counts { list-style: none; padding: 0; max-height: 60vh; overflow: auto; }
+#counts button { display: grid; grid-template-columns: minmax(0, 1fr) auto; overflow: hidden; gap: 2px 8px;
+  width: 100%; text-align: left; border: 0; padding: 5px 4px; }
+#counts bdi { overflow: hidden; text-overflow: ellipsis; }
+#counts i { grid-column: 1 / 3; height: 3px; border-radius: 2px; background: var(--main); min-width: 2px; }
+#counts button[aria-pressed=true] { background: var(--tint); }
+#detail { position: fixed; inset: 0 0 0 auto; width: min(560px, 100%); background: var(--card);
+  border-left: 1px solid var(--line); box-shadow: 0 0 40px #0004; padding: 16px; overflow: auto; z-index: 2; }
+#detail header { display: flex; gap: 8px; align-items: center; }
+#title { flex: 1; font-size: 16px; unicode-bidi: isolate; }
+pre { margin-top: 12px; font: 13px/1.5 ui-monospace, Consolas, monospace; white-space: pre-wrap;
+  unicode-bidi: plaintext; }
+pre .name { color: var(--main); } pre .text { color: var(--text); } pre .number { color: var(--number); }
+#reason:not(:empty) { margin-top: 12px; padding: 8px 12px; border-radius: 8px; background: var(--badtint); }
+#inventory { display: grid; gap: 12px; padding: 12px 0; } #inventory > * { padding: 10px 14px; }
+summary { cursor: pointer; font-weight: 600; }
+#inventory .conflicts { border-color: var(--bad); background: var(--badtint); } .conflicts ul { padding-left: 18px; }
+table { width: 100%; border-collapse: collapse; margin-top: 8px; table-layout: fixed; }
+th { text-align: left; font-size: 12px; color: var(--soft); }
+td, th { padding: 4px 8px 4px 0; border-top: 1px solid var(--line); vertical-align: top; unicode-bidi: isolate; }
+summary small, footer { color: var(--soft); font-weight: 400; } footer { padding: 16px 0; font-size: 12px; }
+@media (max-width: 1000px) {
+  .columns { grid-template-columns: minmax(0, 1fr); } aside { position: static; order: -1; }
+  #counts { display: flex; max-height: none; overflow-x: auto; } #counts button { min-width: 120px; } }
+@media (max-width: 640px) {
+  body { padding: 0 10px; } button, select { padding: 5px 8px; } .row.head { display: none; }
+  #tools { position: static; } #tools > * { flex: 1 1 40%; max-width: none; } #tools #search { flex: 1 1 100%; }
+  .row { grid-template-columns: 66px minmax(0, 1fr) minmax(0, 70px); gap: 0 8px; contain-intrinsic-size: auto 54px; }
+  .row .who { grid-area: 2 / 2; } .row .platform { grid-area: 1 / 3; } .row .login { grid-area: 2 / 3; }
+  .row .rest { grid-area: 3 / 2 / 4 / 4; } }
+@media (prefers-reduced-motion: no-preference) {
+  .row.fresh { animation: fresh 1s; } @keyframes fresh { from { background: var(--tint); } } }
+"""
+
+_SCRIPT = r"""
+"use strict";
+const WORDS = {  // English and Chinese
+  events: ["Events", "事件"], inventory: ["Inventory", "属性清单"], accepted: ["accepted", "已接收"],
+  refused: ["refused", "已拒绝"], ago: ["5 minutes ago", "5 分钟前"], now: ["now", "现在"],
+  search: ["Search in everything", "搜索全部内容"], what: ["Event", "事件"], who: ["Who", "用户"],
+  platform: ["Platform", "平台"], outcome: ["Outcome", "结果"], time: ["Time", "时间"], login: ["Login", "登录"],
+  properties: ["Properties", "属性"], byEvent: ["Counts by event", "按事件计数"], record: ["Record", "记录"],
+  all: ["all", "全部"], pause: ["Pause", "暂停"], resume: ["Go on", "继续"], download: ["Download", "下载"],
+  clear: ["Clear", "清空"], copy: ["Copy JSON", "复制 JSON"], copied: ["Copied", "已复制"], close: ["Close", "关闭"],
+  downloadHint: ["the accepted ones of what is shown, as JSON lines for upload",
+    "把当前显示的已接收记录存为 JSON 行文件，可用 upload 上传"],
+  clearHint: ["for everybody: events, inventory, counts", "对所有人清空：事件、清单、计数"], live: ["live", "实时"],
+  off: ["the server is gone; waiting for it", "服务器已断开，等待恢复"],
+  paused: ["paused, %0 new", "已暂停，新到 %0 条"], peak: ["at most %0 a second", "最高每秒 %0 条"],
+  chart: ["Events a second over the last five minutes, at most %0", "最近五分钟每秒事件数，最高 %0"],
+  yes: ["yes", "是"], no: ["no", "否"], large: ["no record, or too large to show", "没有记录，或过大无法显示"],
+  nothing: ["Nothing has come yet. Send something:\n\nAnalysysPythonSdk(DefaultCollecter(\"%0\"))",
+    "还没有收到数据。发送一条试试：\n\nAnalysysPythonSdk(DefaultCollecter(\"%0\"))"],
+  none: ["Nothing that is kept fits these filters.", "没有符合筛选条件的记录。"],
+  came: ["%0 new events, %1 of them refused", "新到 %0 条事件，其中 %1 条被拒绝"],
+  more: ["… %0 more", "…… 还有 %0 项"],
+  conflicts: ["Conflicts: the platform wants one type and one spelling for a property",
+    "冲突：平台要求同一属性只有一种类型和一种写法"], user: ["user property", "用户属性"],
+  event: ["event property", "事件属性"],
+  cut: ["There are more events and properties than are counted here.", "事件和属性过多，此处未全部统计。"],
+  types: ["Types", "类型"], example: ["Example", "示例"], times: ["%0 times", "%0 次"],
+  keys: ["Keys: / search · arrows choose · Enter opens · p pause · Esc closes, then leaves the search",
+    "按键：/ 搜索 · 方向键选择 · Enter 打开 · p 暂停 · Esc 关闭，再按离开搜索"],
+};
+const language = /^zh\b/i.test(navigator.language) ? "zh" : "en";
+const t = (key, ...values) => WORDS[key][+(language === "zh")].replace(/%(\d)/g, (_, place) => values[place]);
+const $ = id => document.getElementById(id);
+const number = value => value.toLocaleString(language);
+const plain = value => typeof value === "string" ? value : value === undefined ? "" : JSON.stringify(value);
+const KEPT = 1000, SHOWN = 500;
+
+// Everything that is shown is made here, as text: what an event holds never becomes markup.
+function make(tag, name, text, ...children) {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text;
+  element.append(...children);
+  return element;
+}
+
+// ---- Events: the newest first. What comes while it is paused waits in `waiting`.
+let events = [], waiting = [], newest = 0, chosen = null, paused = false, stale = true;
+
+function parse(line) {
+  const event = JSON.parse(line), record = event.record || {};
+  event.context = record.xcontext !== null && typeof record.xcontext === "object" ? record.xcontext : {};
+  event.raw = line.slice(line.indexOf(',"record":') + 10, -1);  // numbers as they came: JavaScript rounds large ones
+  event.what = plain(record.xwhat).slice(0, 300);
+  event.who = plain(record.xwho).slice(0, 300);
+  event.platform = plain(event.context.$platform).slice(0, 300);
+  return event;
+}
+
+function fits(event) {
+  const text = $("search").value.toLowerCase();
+  const what = $("what").value, platform = $("platform").value, outcome = $("outcome").value;
+  // As JSON has it, and as it reads: a quote or a backslash in a value is found either way.
+  const read = raw => raw.includes("\\") ? raw.replace(/"(?:[^"\\]|\\.)*"/g, text => JSON.parse(text)) : "";
+  event.low = event.low || [event.raw, read(event.raw), event.reason || ""].join(" ").toLowerCase();
+  return (!what || event.what === what) && (!platform || event.platform === platform)
+    && (!outcome || (outcome === "refused") === (event.reason !== null)) && event.low.includes(text);
+}
+
+function row(event) {
+  if (event.row) return event.row;
+  const hidden = /^\$(lib|lib_version|platform|is_login|debug)$/;
+  const own = Object.entries(event.context).filter(([name]) => !hidden.test(name)).slice(0, 20);
+  const rest = event.reason || own.map(([name, value]) => name + ": " + plain(value).slice(0, 100)).join(", ");
+  const login = event.context.$is_login;
+  event.row = make("div", event.reason === null ? "row" : "row refused", undefined,
+    make("span", "time", new Date(event.received).toLocaleTimeString("en-GB")),
+    make("span", "what", event.what || "?"), make("span", "who", event.who), make("span", "platform", event.platform),
+    make("span", "login", login === true ? t("yes") : login === false ? t("no") : ""),
+    make("span", "rest", rest.slice(0, 400)));
+  event.row.id = "e" + event.n;
+  event.row.setAttribute("role", "option");
+  event.row.setAttribute("aria-selected", "false");
+  event.row.onclick = () => { choose(event); open(event); };
+  return event.row;
+}
+
+function hint() {
+  $("hint").textContent = $("rows").firstChild ? "" : events.length ? t("none") : t("nothing", location.origin);
+}
+
+function show() {
+  $("rows").replaceChildren(...events.filter(fits).map(row));
+  hint();
+}
+
+function add(fresh) {  // oldest first
+  events = fresh.slice().reverse().concat(events);
+  for (const old of events.splice(KEPT)) if (old.row) old.row.remove();
+  const rows = fresh.filter(event => fits(event) && event.n >= events[events.length - 1].n).map(row).reverse();
+  rows.slice(0, 50).forEach(one => one.classList.add("fresh"));
+  $("rows").prepend(...rows);
+  options($("platform"), t("platform"), events.map(event => event.platform));
+  hint();
+}
+
+function options(select, title, names, show = name => name.slice(0, 60)) {
+  const kept = select.value, all = [...new Set(names.filter(Boolean).concat(kept || []))].sort().slice(0, SHOWN);
+  if (select.dataset.all === JSON.stringify(all)) return;
+  select.dataset.all = JSON.stringify(all);
+  const made = [["", title + ": " + t("all")]].concat(all.map(name => [name, show(name)]));
+  select.replaceChildren(...made.map(([value, text]) => Object.assign(make("option", "", text), { value })));
+  select.value = kept;
+}
+
+function choose(event) {
+  if (chosen && chosen.row) chosen.row.setAttribute("aria-selected", "false");
+  chosen = event;
+  if (!event) return $("rows").removeAttribute("aria-activedescendant");
+  event.row.setAttribute("aria-selected", "true");
+  event.row.scrollIntoView({ block: "nearest" });
+  $("rows").setAttribute("aria-activedescendant", event.row.id);
+}
+
+function step(by) {
+  const shown = events.filter(event => event.row && event.row.isConnected);
+  const at = shown.indexOf(chosen), next = shown[at < 0 ? 0 : Math.min(Math.max(at + by, 0), shown.length - 1)];
+  if (!next) return;
+  choose(next);
+  $("detail").hidden ? $("rows").focus({ preventScroll: true }) : open(next);
+}
+
+// ---- One record: its exact text, in lines
+function pretty(raw) {
+  const pieces = [], tokens = raw.match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
+  const opens = token => token === "{" || token === "[", closes = token => token === "}" || token === "]";
+  let depth = 0;
+  tokens.forEach((token, place) => {
+    const before = tokens[place - 1], after = tokens[place + 1];
+    if (closes(token)) depth--;
+    const breaks = before === "," || opens(before) !== closes(token);
+    if (place && breaks) pieces.push("\n" + "  ".repeat(depth));
+    if (opens(token)) depth++;
+    const kind = token[0] !== '"' ? "number" : after === ":" ? "name" : "text";
+    pieces.push(/^[{}[\],:]$/.test(token) ? token.replace(":", ": ") : make("span", kind, token));
+  });
+  return pieces;
+}
+
+function open(event) {
+  $("title").textContent = event.what || "?";
+  $("reason").textContent = event.reason || "";
+  $("json").replaceChildren(...(event.record === null ? [t("large")] : pretty(event.raw)));
+  $("detail").hidden = false;
+  $("detail").focus();
+}
+
+function close() {
+  $("detail").hidden = true;
+  $("rows").focus({ preventScroll: true });
+}
+
+async function copy() {
+  const text = $("json").textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch (_) {  // not over plain http from elsewhere
+    getSelection().selectAllChildren($("json"));
+    document.execCommand("copy");
+  }
+  $("copy").textContent = t("copied");
+  setTimeout(() => { $("copy").textContent = t("copy"); }, 1500);
+}
+
+function download() {
+  const accepted = events.filter(event => fits(event) && event.reason === null && event.record !== null).reverse();
+  const href = URL.createObjectURL(new Blob(accepted.map(event => event.raw + "\n")));
+  const link = Object.assign(make("a"), { download: "events.jsonl", href });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+// ---- Counts, chart and inventory: the server's, of all that came
+let inventory = {};
+
+function draw(now, rates) {
+  const peak = Math.max(1, ...rates.map(rate => rate[1] + rate[2])), paths = ["", ""];
+  for (const [second, accepted, refused] of rates) {
+    const x = 299 - (now - second), high = 48 * accepted / peak, bad = 48 * refused / peak;
+    if (accepted) paths[0] += `M${x} 50h1v${-high}h-1z`;
+    if (refused) paths[1] += `M${x} ${50 - high}h1v${-bad}h-1z`;
+  }
+  document.querySelectorAll("#chart path").forEach((path, place) => path.setAttribute("d", paths[place]));
+  $("peak").textContent = rates.length ? t("peak", number(peak)) : "";
+  $("chart").setAttribute("aria-label", t("chart", number(rates.length ? peak : 0)));
+}
+
+// What is drawn again and again keeps its elements: a click or a focus would be lost with them.
+let drawn = new Map();
+
+function kept(key, build) {
+  if (drawn.size > 5 * SHOWN) drawn.clear();
+  if (!drawn.has(key)) drawn.set(key, build());
+  return drawn.get(key);
+}
+
+function arrange(parent, children) {
+  const old = new Set(parent.children), wanted = new Set(children);
+  for (const one of old) if (!wanted.has(one)) one.remove();
+  children.forEach((one, place) => {
+    if (parent.children[place] !== one) parent.insertBefore(one, parent.children[place] || null);
+  });
+}
+
+function count() {
+  const sorted = Object.entries(inventory.events).sort((one, other) => other[1].count - one[1].count);
+  $("accepted").textContent = number(inventory.accepted);
+  $("refused").textContent = number(inventory.refused);
+  options($("what"), t("what"), sorted.slice(0, SHOWN).map(([name]) => name).concat(events.map(event => event.what)));
+  const top = sorted.slice(0, 50);
+  const items = top.map(([name, event]) => kept("count " + name, () => countOf(name)).draw(event, top[0][1].count));
+  if (sorted.length > 50) items.push(make("li", "", t("more", number(sorted.length - 50))));
+  arrange($("counts"), items);
+  if (!$("inventory").hidden) list(sorted);
+}
+
+function countOf(name) {
+  const amount = make("span"), bar = make("i");
+  const button = make("button", "", undefined, make("bdi", "", name), amount, bar);
+  const item = make("li", "", undefined, button);
+  button.onclick = () => { $("what").value = $("what").value === name ? "" : name; show(); count(); };
+  return { draw: (event, most) => {
+    amount.textContent = number(event.count);
+    bar.style.width = 100 * event.count / most + "%";
+    button.setAttribute("aria-pressed", $("what").value === name);
+    return item;
+  } };
+}
+
+function list(sorted) {
+  const parts = [], conflicts = inventory.conflicts;
+  if (conflicts.length) {
+    const items = conflicts.slice(0, SHOWN).map(({ kind, property, types, spellings }) =>
+      make("li", "", `${property} (${t(kind)}): ${tally(types)}; ${spellings.join(", ")}`));
+    const list = make("ul", "", undefined, ...items);
+    parts.push(make("div", "conflicts bad", undefined, make("h2", "", t("conflicts")), list));
+  }
+  if (inventory.cut) parts.push(make("p", "bad", t("cut")));
+  const bad = new Set(conflicts.map(conflict => conflict.property));
+  for (const [name, event] of sorted.slice(0, SHOWN))
+    parts.push(kept("event " + name, () => eventOf(name, sorted.length <= 12)).draw(event, bad));
+  if (sorted.length > SHOWN) parts.push(make("p", "", t("more", number(sorted.length - SHOWN))));
+  if (!sorted.length) parts.push(make("p", "", t("nothing", location.origin)));
+  arrange($("inventory"), parts);
+}
+
+function eventOf(name, open) {
+  const times = make("small"), table = make("table");
+  const title = make("summary", "", undefined, make("bdi", "", name), " ", times);
+  const details = make("details", "", undefined, title, table);
+  let draw = () => {};
+  details.open = open;
+  details.ontoggle = () => draw();
+  return { draw: (event, bad) => {
+    times.textContent = t("times", number(event.count));
+    draw = () => table.replaceChildren(...details.open ? properties(event, bad) : []);
+    draw();
+    return details;
+  } };
+}
+
+const tally = types => Object.entries(types).map(([type, times]) => `${type} ${number(times)}`).join(", ");
+
+function properties(event, bad) {
+  const line = (tag, name, texts) => make("tr", name, undefined, ...texts.map(text => make(tag, "", text)));
+  const rows = Object.entries(event.properties).slice(0, SHOWN).map(([name, { types, example }]) =>
+    line("td", bad.has(name.toLowerCase()) ? "bad" : "", [name, tally(types), plain(example)]));
+  return [line("th", "", ["properties", "types", "example"].map(key => t(key))), ...rows];
+}
+
+async function look() {  // where a look takes long, the next one is far
+  const start = performance.now();
+  try {
+    const rates = await (await fetch("/api/rates")).json();
+    draw(rates.now, rates.rates);
+    if (stale) {
+      stale = false;
+      inventory = await (await fetch("/api/inventory")).json();
+      count();
+    }
+  } catch (_) {
+    stale = true;
+  }
+  setTimeout(look, Math.max(1000, 5 * (performance.now() - start)));
+}
+
+// ---- The stream. What came is gathered for a moment, so that thousands a second are shown a few times a second.
+let gathered = [], told = [0, 0], source = null;
+
+function connect() {
+  source = new EventSource("/api/stream");
+  source.onopen = () => { state(true); stale = true; };
+  source.onerror = () => {
+    state(false);
+    if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000);
+  };
+  source.onmessage = message => {
+    const event = parse(message.data);
+    if (event.n <= newest) return;  // seen before the connection was lost
+    newest = event.n;
+    if (!gathered.length) setTimeout(settle, 150);
+    gathered.push(event);
+    if (gathered.length > KEPT) gathered.shift();
+  };
+  source.addEventListener("clear", () => {
+    events = []; waiting = []; gathered = []; stale = true;
+    choose(null);
+    $("detail").hidden = true;
+    show();
+    state(true);
+  });
+}
+
+function settle() {
+  const fresh = gathered;
+  gathered = [];
+  stale = true;
+  told = [told[0] + fresh.length, told[1] + fresh.filter(event => event.reason !== null).length];
+  if (paused) waiting = waiting.concat(fresh).slice(-KEPT);
+  else if (fresh.length) add(fresh);
+  if (paused) state(true);
+}
+
+function state(live) {
+  $("state").className = live ? "" : "off";
+  const text = !live ? t("off") : paused ? t("paused", number(waiting.length)) : t("live");
+  if ($("state").textContent !== text) $("state").textContent = text;
+}
+
+function pause() {
+  paused = !paused;
+  $("pause").textContent = t(paused ? "resume" : "pause");
+  $("pause").setAttribute("aria-pressed", paused);
+  const fresh = waiting;
+  waiting = [];
+  if (fresh.length) add(fresh);
+  state(source.readyState === EventSource.OPEN);
+}
+
+function turn(to) {
+  for (const view of ["events", "inventory"]) {
+    $(view).hidden = view !== to;
+    $("tab-" + view).setAttribute("aria-selected", view === to);
+  }
+  if (inventory.events) count();
+}
+
+document.addEventListener("keydown", press => {
+  if (press.ctrlKey || press.altKey || press.metaKey) return;
+  const field = /^(INPUT|SELECT)$/.test(document.activeElement.tagName), key = press.key;
+  if (key === "Escape") $("detail").hidden ? document.activeElement.blur() : close();
+  else if (key === "/" && document.activeElement !== $("search")) { turn("events"); $("search").focus(); }
+  else if (field) return;
+  else if (key === "p") pause();
+  else if (key === "ArrowDown" && !$("events").hidden) step(1);
+  else if (key === "ArrowUp" && !$("events").hidden) step(-1);
+  else if (key === "Enter" && document.activeElement === $("rows") && chosen && chosen.row.isConnected) open(chosen);
+  else return;
+  press.preventDefault();
+});
+
+document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+for (const one of document.querySelectorAll("[data-t]")) one.textContent = t(one.dataset.t);
+for (const one of document.querySelectorAll("[data-title]")) one.title = t(one.dataset.title);
+for (const one of document.querySelectorAll("[data-label]")) one.setAttribute("aria-label", t(one.dataset.label));
+$("search").placeholder = t("search") + "  /";
+options($("what"), t("what"), []);
+options($("platform"), t("platform"), []);
+options($("outcome"), t("outcome"), ["accepted", "refused"], t);
+$("pause").textContent = t("pause");
+$("search").oninput = show;
+for (const id of ["what", "platform", "outcome"]) $(id).onchange = () => { show(); stale = true; };
+$("tools").onsubmit = () => false;
+$("pause").onclick = pause;
+$("download").onclick = download;
+$("clear").onclick = () => fetch("/api/events", { method: "DELETE" });
+$("copy").onclick = copy;
+$("close").onclick = close;
+for (const view of ["events", "inventory"]) $("tab-" + view).onclick = () => turn(view);
+setInterval(() => {  // not more often: a screen reader reads it aloud
+  if (told[0]) $("news").textContent = t("came", number(told[0]), number(told[1]));
+  told = [0, 0];
+}, 5000);
+draw(0, []);
+show();
+connect();
+look();
+"""
+
+
+########################################################################################################################
+# Shipper: upload, which delivers files that others wrote, or checks them only
+#
+#   PATHs --_Listing, _Files--> the next file --_Places--> a `_Log` at its place --_Shipment, a queue--> the sender
+#
+# - `_Listing` says which files there are, and `_Files` which of them are to be read now.
+# - A `_Text` is what one file holds, unpacked; a `_Log` makes lines of it.
+# - `_Places` finds out which file it is, whatever its name, and up to where it is settled; a `_Checkpoint` for each
+#   directory has that in memory, and its `_Journal` on disk.
+#
+# One thread does it all. A signal handler only sets a flag and wakes that thread where it waits; whatever reads looks
+# at the flag every block, and a request under way is waited for: so a stop loses and doubles nothing. What is taken and
+# not settled is nowhere noted, or as a *hole* before the place that is: it is read again by the next run. Whoever
+# is killed between an answer and its note, which is one write, delivers that batch again.
+########################################################################################################################
+
+
+class _Stopped(BaseException):
+    """Somebody asked to stop while something was read."""
+
+
+class _Stop:
+    """Asks to stop when a signal comes. Used as a context manager, in the main thread; elsewhere no signal comes."""
+
+    def __init__(self) -> None:
+        self.asked = 0  # how many signals came
+        self._deadline = float("inf")  # `_CLOCK`; where reading ends in any case
+        self._heeded = 0  # signals that were acted upon
+        self._waking = threading.Lock()  # held; released by the handler: an Event has a lock that it might interrupt
+        self._waking.acquire()
+        self._kept: "Dict[int, Any]" = {}
+
+    def __enter__(self) -> "_Stop":
+        import signal
+
+        names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                self._kept[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: "Any") -> None:
+        import signal
+
+        for number, handler in self._kept.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: "Any") -> None:
+        self.asked += 1
+        if self._waking.locked():
+            self._waking.release()
+
+    def check(self) -> None:
+        """Raise _Stopped where reading is to end."""
+        if self.asked > self._heeded or _CLOCK.now() > self._deadline:
+            raise _Stopped
+
+    def wait(self, moment: float) -> None:
+        """Wait until *moment* (`_CLOCK`), or a signal."""
+        if not self.asked:
+            _CLOCK.wait(self._waking, max(0.0, moment - _CLOCK.now()))
+
+    def grant(self, seconds: float) -> None:
+        """Let reading go on for *seconds*, or until one more signal comes."""
+        self._heeded, self._deadline = self.asked, _CLOCK.now() + seconds
+
+
+# Which files
+#
+# `_Listing` knows what is there, and `_Files` what of that is to be read now: what is new or has changed since. A file
+# that is followed may grow whatever its name says, and there may be 20,000: so all are looked at by turns, the newest
+# each time, and at once those of which the system tells (`_Bell`). What cannot be read for now is tried at each look.
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def _age(name: str) -> "Tuple[int, int, int, str]":
+    """Return what log files are ordered by, old ones first: their period, then what rotation says."""
+    found: "Any" = re.fullmatch(_LOG_FILE, name)
+    period, turned = found.group(1), (found.group(2) or "") + (found.group(3) or "")
+    turns = [int(digits) for digits in re.findall(r"\d+", turned.replace(".bz2", "").replace("7z", ""))]
+    rank = (2, 0) if not turns else (0, turns[0]) if turns[0] >= 10**5 else (1, -turns[0])  # a date, or a number
+    rank = (3, 0) if turned in ("",) + _PACKED else rank
+    return int(period) * (100 if len(period) == 8 else 1), rank[0], rank[1], name  # a day as its first hour
+
+
+def _is_there(path: str) -> bool:
+    return path == "-" or os.path.lexists(path)
+
+
+def _stat(path: str) -> "Any":
+    """Return what changes when a file is written to or replaced; None where there is no file."""
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None
+
+
+def _identity(found: "os.stat_result") -> "Any":
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class _Listing:
+    """The files that the PATHs stand for, in order. A directory is listed again only when it has changed."""
+
+    def __init__(self, paths: "List[str]", own: "Iterable[str]", follow: bool) -> None:
+        self.paths = paths
+        self.is_followed = follow
+        self.problems: "Dict[str, str]" = {}  # path of a file or directory -> why it cannot be read
+        self.folders: "Dict[str, Tuple[Any, List[str]]]" = {}  # directory -> (when it was changed, the files in it)
+        self._own = {os.path.abspath(path) for path in own if path}
+        self._parts: "List[List[str]]" = []  # what the PATHs were last,
+        self._found: "List[str]" = []  # and all() made of it
+        self._told: "set[str]" = set()
+
+    def all(self) -> "List[str]":
+        """Return all files, each once."""
+        parts = []
+        for path in self.paths:
+            if path != "-" and os.path.isdir(path):
+                parts.append(self._list(os.path.dirname(os.path.join(path, ""))))  # without a slash at its end
+            elif self._is_own(path):
+                self.tell("%s is our own: it is not read", path)
+            else:
+                parts.append([path])
+        if parts != self._parts:  # directories that have not changed are the same objects: that is quick
+            found = list(itertools.chain.from_iterable(parts))
+            if len(parts) > 1:
+                found = list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
+            self._parts, self._found = parts, found
+        return self._found
+
+    def may_grow(self, path: str) -> bool:
+        """Tell whether the last line of *path* may still be written: it is followed, and there is no newer one."""
+        folder, name = os.path.split(path)
+        listed = self.folders.get(folder) if re.fullmatch(_LOG_FILE, name) else None
+        return self.is_followed and (listed is None or path == (listed[1] or [""])[-1])
+
+    def old(self, paths: "Iterable[str]") -> "List[str]":
+        """Return those of *paths* that are neither of the current period nor of the newest one, by their names."""
+        current = [_age(time.strftime(pattern))[0] for pattern in _LOG_NAMES.values()]
+        places = {path: os.path.split(path) for path in paths if re.fullmatch(_LOG_FILE, os.path.basename(path))}
+        newest = {folder: max([_age(os.path.basename(path))[0] for path in self._list(folder or ".")] + [0])
+                  for folder in {folder for folder, _ in places.values()}}
+        ages = {path: _age(name)[0] for path, (_, name) in places.items()}
+        return [path for path, age in ages.items() if age not in current and age < newest[places[path][0]]]
+
+    def is_foreign(self, path: str, text: "_Text") -> bool:
+        """Tell whether *path*, opened as *text*, is a link in a directory to a file of another owner than its own.
+
+        It is the open file that is asked, since a link can be turned elsewhere meanwhile.
+        """
+        if path in self.paths or not os.path.islink(path) or os.lstat(path).st_uid == text.owner:
+            return False
+        self.tell("%s is a link to another user's file: it is not read", path)
+        return True
+
+    def fail(self, path: str, error: BaseException) -> None:
+        """Note that *path* cannot be read, and say so."""
+        why = getattr(error, "strerror", None) or error
+        self.problems[path] = "cannot read %s: %s" % (_printable(path), _printable(why))
+        self.tell("%s", self.problems[path])
+
+    def tell(self, message: str, *values: str) -> None:
+        """Say something, once."""
+        text = message % tuple(map(_printable, values))
+        if text not in self._told:
+            self._told.add(text)
+            _print("analysys: " + text, sys.stderr)
+
+    def _list(self, folder: str) -> "List[str]":
+        """Return the log files in a directory, and name what else looks like records."""
+        try:
+            changed = os.stat(folder).st_mtime_ns
+            known = self.folders.get(folder)
+            if known is not None and known[0] == changed:
+                return known[1]
+            names = os.listdir(folder)
+        except OSError as error:
+            self.fail(folder, error)
+            return []
+        self.problems.pop(folder, None)
+        found = sorted(filter(re.compile(_LOG_FILE).fullmatch, names), key=_age)
+        paths = [os.path.join(folder, name) for name in found]
+        fresh = time.time() - changed / 1e9 < 2  # a change in the same tick of the clock would not show
+        self.folders[folder] = (None if fresh else changed, paths)
+        others = sorted(name for name in set(names) - set(found) if re.search(_OTHER_NAME, name))[:_LOOKED_AT]
+        others = [name for name in others if self._looks_like_records(os.path.join(folder, name))]
+        if others:
+            self.tell("not read, though they look like records, in %s: %s", folder, ", ".join(others[:10]))
+        if not paths and not self.is_followed:
+            self.tell("there is no datas_*.log in %s", folder)
+        return paths
+
+    def _looks_like_records(self, path: str) -> bool:
+        try:
+            with _open_text(path) as text:
+                return not self._is_own(path) and b'"xwhat"' in text.head and not _is_rejection(text.head)
+        except Exception:
+            return False
+
+    def _is_own(self, path: str) -> bool:
+        """Tell whether *path* is a file that we write, by its name or by being one."""
+        if path == "-":
+            return False
+        return bool(re.fullmatch(_OWN_NAME, os.path.basename(path))) or os.path.abspath(path) in self._own
+
+
+class _Bell:
+    """Tells which files of directories were written to, where the system does, so that nobody has to look at all.
+
+    It is Linux' inotify, for which Python has no module. It does not know what other machines write over a network,
+    nor of what lies behind a link.
+    """
+
+    def __init__(self) -> None:
+        self._libc: "Any" = None
+        self._fd = -1
+        self._folders: "Dict[int, str]" = {}  # by the number of their watch
+        try:
+            import ctypes
+
+            self._libc = ctypes.CDLL(None)
+            self._fd = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        except (ImportError, OSError, AttributeError, TypeError):  # then files are looked at by turns
+            pass
+
+    def rung(self, folders: "Iterable[str]") -> "Optional[set[str]]":
+        """Return the paths of what was written to in *folders* since the last call; None: it may be any of them."""
+        import struct
+
+        for folder in itertools.islice(folders if self._fd >= 0 else (), _LOOKED_AT):  # it may be another one by now
+            self._folders[self._libc.inotify_add_watch(self._fd, os.fsencode(folder), _INOTIFY)] = folder
+        self._folders[-1] = ""  # where a watch is refused; and of an event that says that some were lost
+        rung, data = set(), b"-" * (self._fd >= 0)
+        while data:
+            try:
+                data = os.read(self._fd, _CHUNK)
+            except OSError:  # there is no more
+                break
+            while data:
+                watch, size = struct.unpack_from("i8xI", data)
+                rung.add(os.path.join(self._folders[watch], os.fsdecode(data[16 : 16 + size].rstrip(b"\0"))))
+                data = data[16 + size :]
+            data = b"-"
+        return None if "" in rung else rung
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class _Files:
+    """Which of the files are to be read now: those that are new, or have changed since they were read."""
+
+    def __init__(self, listing: "_Listing", check: "Callable[[], None]") -> None:
+        self.listing = listing
+        self.waiting: "Deque[str]" = collections.deque()  # those that are to be read, in order
+        self.due_at = 0.0  # `_CLOCK`; when to look for more
+        self._check = check  # raises where reading is to end
+        self._seen: "Dict[str, Any]" = {}  # path -> its _identity() when it was opened, of files that are read
+        self._unended: "set[str]" = set()  # paths whose last line is left, since it may grow
+        self._all_seen: "List[str]" = []  # what the listing was when all of it had been read
+        self._turn = 0  # which of the files is looked at next
+        self._bell = _Bell() if listing.is_followed else None
+
+    def next(self) -> "Optional[str]":
+        """Return the file to read next, if there is one now."""
+        now = _CLOCK.now()
+        if not self.waiting and now >= self.due_at:
+            self._check()
+            self.due_at = now + _FOLLOW_EVERY if self.listing.is_followed else float("inf")
+            self.waiting.extend(self._changed())
+        return self.waiting.popleft() if self.waiting else None
+
+    def open(self, path: str) -> "Optional[_Log]":
+        """Open a file that next() returned, if it is to be read."""
+        log = _Log(_open_text(path, self._check))
+        if self.listing.is_foreign(path, log.text):
+            self.finish(log, False)
+            return None
+        return log
+
+    def finish(self, log: "_Log", is_unended: bool) -> None:
+        """Note that a file is read to its end, as it was when it was opened, and close it."""
+        path = log.text.path
+        self._seen[path] = log.text.identity
+        self.listing.problems.pop(path, None)
+        (self._unended.add if is_unended else self._unended.discard)(path)
+        log.text.close()
+
+    def fail(self, path: str, error: BaseException, identity: "Any") -> None:
+        """Note that *path* could not be read; what is wrong with its content is so until that changes."""
+        is_gone = isinstance(error, FileNotFoundError) and not os.path.lexists(path)
+        if isinstance(error, _Changed):
+            self.waiting.appendleft(path)
+        elif is_gone and path not in self.listing.paths:
+            self.listing.tell("%s is gone: it was renamed or removed before it was read", path)
+            self.due_at = min(self.due_at, _CLOCK.now() + _STREAM_WAIT)  # it is to be read under its new name
+        elif not is_gone or not self.listing.is_followed:
+            self.listing.fail(path, error)
+            if getattr(error, "errno", None) is None or not self.listing.is_followed:
+                self._seen[path] = identity
+
+    def close(self) -> None:
+        if self._bell is not None:
+            self._bell.close()
+
+    def _changed(self) -> "List[str]":
+        """Return the files that are new or have changed since they were read, in order."""
+        found = self.listing.all()
+        rung = self._bell.rung(self.listing.folders) if self._bell is not None else set()
+        begin = self._turn if self._turn < len(found) else 0
+        self._turn = begin + _LOOKED_AT
+        looked_at = set(found) if rung is None else rung.union(found[begin : self._turn], found[-_LOOKED_AT // 4 :])
+        looked_at.update(self._unended, self.listing.problems)
+        due = {path for path in looked_at if path in self._seen and path != "-" and self._seen[path] != _stat(path)}
+        due.update(path for path in self._unended if not self.listing.may_grow(path))
+        if found is not self._all_seen:
+            due.update(path for path in found if path not in self._seen)
+            self._all_seen = found if due <= self._seen.keys() else []
+        new = [path for path in found if path in due] if due else []
+        return [path for path in new if not self.listing.is_followed or _is_there(path)]
+
+
+# One file: its text, and the lines of that
+
+
+class _Changed(OSError):
+    """What was read of a file is not there any more."""
+
+
+class _Text:
+    """The text of one file in blocks, from any offset on; it notices when what it has read was changed."""
+
+    is_packed = False
+    is_paused = False  # whether there is no more for now only
+
+    def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
+        self.path = path
+        self.offset = 0  # of the next block
+        self.before = b""  # up to _HASHED bytes before that
+        found = os.fstat(raw.fileno())
+        self.identity, self.owner = _identity(found), found.st_uid
+        self._raw = raw
+        self._file = file  # what unpacks it, or the same
+        self.check = check  # raises where reading is to end
+        self.head = self._read_head()  # up to _HASHED bytes at the beginning
+
+    def __enter__(self) -> "_Text":
+        return self
+
+    def __exit__(self, *_: "Any") -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+        self._raw.close()
+
+    def read(self, size: int, kept: int = 0) -> bytes:
+        """Return up to *size* bytes, none at the end. What is damaged raises, after what is before that.
+
+        What cannot be read twice can go back as far as to offset *kept*.
+        """
+        self.check()
+        data = self._read(size)
+        if len(self.head) < _HASHED:  # it has grown since it was opened
+            self.head = (self.head[: self.offset] + data)[:_HASHED]
+        self._pass(data, kept)
+        return data
+
+    def go(self, offset: int) -> bool:
+        """Have the next block begin at *offset*; return whether there is such a place."""
+        self.offset, self.before = max(0, offset - _HASHED), b""
+        self._file.seek(self.offset)
+        self._pass(self._file.read(offset - self.offset))
+        return self.offset == offset
+
+    def fits(self, entry: "Record") -> bool:
+        """Go to the place that a checkpoint's entry speaks of; return whether what is before it is what was there."""
+        size, digest = entry["tail"]
+        return self.go(entry["place"][0]) and _hash(self.before[max(0, len(self.before) - size) :]) == digest
+
+    def _read(self, size: int) -> bytes:
+        overlap = len(self.before)
+        self._file.seek(self.offset - overlap)
+        data: bytes = self._file.read(overlap + size)
+        if data[:overlap] != self.before:
+            raise _Changed("it was changed while it was read")
+        return data[overlap:]
+
+    def _pass(self, data: bytes, kept: int = 0) -> None:
+        self.offset += len(data)
+        self.before = (self.before + data if len(data) < _HASHED else data)[-_HASHED:]
+
+    def _read_head(self) -> bytes:
+        head, data, read = b"", b"-", getattr(self._file, "read1", self._file.read)
+        try:
+            while data:
+                data = read(_HASHED - len(head))
+                head += data
+        except Exception:  # it will come again where the lines are read
+            pass
+        self._file.seek(0)
+        return head
+
+
+class _PackedText(_Text):
+    """The text of a packed file: it is unpacked from its beginning to reach a place."""
+
+    is_packed = True
+
+    def go(self, offset: int) -> bool:
+        if offset < self.offset:
+            self._file.seek(0)
+            self.offset, self.before = 0, b""
+        data = b"-"
+        while data and self.offset < offset:
+            self.check()
+            data = self._file.read1(min(_CHUNK, offset - self.offset))
+            self._pass(data)
+        return self.offset == offset
+
+    def _read(self, size: int) -> bytes:
+        return bytes(self._file.read1(size))
+
+
+class _StreamText(_Text):
+    """The text on standard input, which comes when it comes and is there once: what may be asked for again is kept."""
+
+    def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
+        super().__init__(path, raw, file, check)
+        self.is_packed = file is not raw
+        self._has_more = True  # what is buffered, select() does not know of
+        self._ahead = b""  # what is to come again
+
+    def go(self, offset: int) -> bool:
+        back = self.offset - offset
+        self._ahead, self.before = self.before[len(self.before) - back :] + self._ahead, self.before[: -back or None]
+        self.offset = offset
+        return True
+
+    def _read(self, size: int) -> bytes:
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        if data:
+            return data
+        self.is_paused = not self.is_packed and not self._has_more and not _is_ready(self._raw)
+        self._has_more = False
+        return b"" if self.is_paused else bytes(self._file.read1(size))
+
+    def _pass(self, data: bytes, kept: int = 0) -> None:
+        self.offset += len(data)
+        self.before = (self.before + data)[-max(_HASHED, self.offset - kept) :]
+
+    def _read_head(self) -> bytes:
+        return b""
+
+
+def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text":
+    """Open a regular file without waiting for anything, or standard input, whatever packs it."""
+    if path == "-":
+        raw: "Any" = io.open(0, "rb", closefd=False)
+        while not _is_ready(raw):
+            check()
+        return _StreamText(path, raw, _unpacking(raw.peek(_HASHED), raw), check)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    raw = io.open(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    if raw is None:
+        os.close(fd)
+        raise OSError("not a regular file" + (": give it as -, on standard input" if os.path.exists(path) else ""))
+    try:
+        head = raw.read(_HASHED)
+        raw.seek(0)
+        file = _unpacking(head, raw)
+        return (_Text if file is raw else _PackedText)(path, raw, file, check)
+    except BaseException:
+        raw.close()
+        raise
+
+
+def _unpacking(head: bytes, raw: "Any") -> "Any":
+    """Return what reads the text of a file that begins with *head*, whatever its name."""
+    if head.startswith(b"\x1f\x8b"):
+        import gzip
+
+        return gzip.GzipFile(fileobj=raw, mode="rb")
+    if head.startswith(b"BZh"):
+        import bz2
+
+        return bz2.BZ2File(raw)
+    if head.startswith(b"\xfd7zXZ\0"):
+        import lzma
+
+        try:
+            lzma.LZMADecompressor(memlimit=_MAX_UNPACKING).decompress(head, 1)
+        except lzma.LZMAError as error:
+            raise OSError("%s (at most %d bytes of memory; xz -d unpacks it)" % (error, _MAX_UNPACKING)) from None
+        return lzma.LZMAFile(raw)
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        raise OSError("it is packed by zstd: unpack it first (zstd -d)")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"')):
+        raise OSError("it is UTF-16: convert it to UTF-8 first (iconv -f UTF-16 -t UTF-8)")
+    return raw
+
+
+def _is_ready(stream: "Any") -> bool:
+    """Wait a moment for standard input; return whether a read would not wait."""
+    import select
+
+    try:
+        return bool(select.select([stream.fileno()], [], [], _STREAM_WAIT)[0])
+    except (OSError, ValueError):  # Windows: it has to wait
+        return True
+
+
+class _Log(_Source):
+    """One file that others write: its lines, and what it is known by."""
+
+    def __init__(self, text: "_Text") -> None:
+        super().__init__(os.path.basename(text.path))
+        self.text = text
+        self.can_reopen = not text.is_packed
+        self.entry: "Record" = {}  # the checkpoint's, which other sources may share
+        self.tail = b""  # up to _HASHED bytes before the place, where they are known
+        self.is_held = False  # whether a broken last line waits for those before it
+
+    def start(self, entry: "Record") -> None:
+        """Begin where *entry* says, which is a place that the file has."""
+        place = entry.get("place", [0, 0])
+        super().__init__(self.name, (place[0], place[1], entry.get("holes", ())))
+        self.text.go(place[0])
+        self.entry, self.tail = entry, self.text.before
+
+    def open(self, offset: int) -> "Callable[[int], bytes]":
+        if not self.text.go(offset):
+            raise _Changed("it was changed while it was read")
+        return self._read
+
+    def _read(self, size: int) -> bytes:
+        data = self.text.read(size, self.ranges[0][0])
+        if not self.number and not self.flight and _is_rejection(data):
+            raise OSError('these are lines of a rejected.log; what was rejected is the member "record" of each')
+        return data
+
+    def settle_all(self, lines: "List[_Line]") -> None:
+        """Settle *lines*, which are in order.
+
+        A broken last line without a newline is rejected, and yet the place stays before it, since it may be ended.
+        """
+        last, flight, place = self.flight[lines[-1].start], self.flight, self.offset
+        texts = [flight.pop(line.start).text for line in lines]
+        self.entry["settled"] += len(lines)
+        if not last.text.endswith((b"\n", b"\r")) and _damage(last.text, last.length) is not None:
+            self.entry["cut"] = last.length
+            if len(lines) > 1:
+                last = lines[-2]
+            texts.pop()
+        if texts and last.end > place:
+            self.offset, self.number = last.end, last.number
+            known, first = b"", last.end
+            for text, line in zip(reversed(texts), reversed(lines[: len(texts)])):
+                if len(known) == _HASHED or line.end != first or len(text) != line.end - line.start:
+                    break
+                known, first = (text + known)[-_HASHED:], line.start
+            self.tail = ((self.tail if first == place else b"") + known)[-_HASHED:]
+
+    def mark(self) -> None:
+        """Write into the entry how far the lines are settled, and what that is known by."""
+        offset, number, holes = self.position()
+        if offset > self.offset:  # what is blank there was not kept
+            offset, number = self.offset, self.number
+        was = self.entry.get("place", [0])[0]
+        if offset >= was:
+            head, tail = self.text.head[:offset], self.tail if offset == self.offset else b""
+            size = max([size for size in _HEAD_SIZES if size <= len(head)] + [0])
+            known = {"head": [size, _hash(head[:size])], "tail": [len(tail), _hash(tail)]}
+            self.entry.update(known, place=[offset, number], cut=self.entry.get("cut", 0) if offset == was else 0)
+        self.entry["holes"] = holes
+
+
+def _is_rejection(text: bytes) -> bool:
+    """Tell whether *text* begins with a line of a ``rejected.log``."""
+    return re.match(br'\s*\{"file": ?"[^"]*", ?"line": ?\d+, ?"reason": ?"', text) is not None
+
+
+def _hash(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+# What is settled
+#
+# A note is written when the server has answered for a batch, and before the next one goes out: so whoever is killed
+# repeats that batch at most. A note is one write into room that the file already has, so a full disk cannot come
+# between an answer and its note. fsync comes once a second, and before a file is removed. The lock is a file of its
+# own, since the journal is replaced at each start.
+
+
+class _Journal:
+    """A file of lines of our own, to which a line is appended at the cost of one write, and which one process has."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock_fd = self._fd = -1
+        self._end = self._room = 0  # where the next line goes, and where the blank lines end that it replaces
+        self._synced_at = float("inf")  # `_CLOCK`; when the oldest line came that may not survive a power cut
+
+    def open(self) -> bytes:
+        """Keep other processes away, and return what is there."""
+        self._lock_fd = _open_own_lines(self.path + ".lock", 0o600)
+        if not _lock_forever(self._lock_fd):
+            raise AnalysysPythonSdkFileException("another upload is at work: it holds %s.lock" % self.path)
+        if not os.path.lexists(self.path):
+            return b""
+        with io.open(_open_own(self.path, os.O_RDONLY), "rb") as file:
+            return file.read()
+
+    def write_anew(self, text: bytes) -> None:
+        """Have the file hold *text*, or what it held where that fails."""
+        draft = self.path + ".new"
+        if os.path.lexists(draft):
+            os.unlink(draft)
+        self._fd = _open_own_lines(draft, 0o600)
+        self._write(0, text + b"\n" * _ROOM)
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        os.replace(draft, self.path)
+        _sync_directory(os.path.dirname(self.path))
+        self._fd = _open_own(self.path, os.O_RDWR)
+        self._end, self._room = len(text), len(text) + _ROOM
+
+    def append(self, text: bytes) -> None:
+        """Write lines, and make room for the next ones."""
+        try:
+            self._write(self._end, text)
+            self._end += len(text)
+            self._room = max(self._room, self._end)
+            if self._room - self._end < _ROOM // 2:
+                self._write(self._room, b"\n" * _ROOM)
+                self._room += _ROOM
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self._synced_at = min(self._synced_at, _CLOCK.now())
+        self.sync(_SYNC_EVERY)
+
+    def sync(self, age: float) -> None:
+        """Have lines survive a power cut that are older than *age* seconds."""
+        if self._fd >= 0 and _CLOCK.now() - self._synced_at >= age:
+            self._synced_at = float("inf")
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Let other processes in."""
+        self.sync(0.0)
+        for fd in (self._fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._lock_fd = -1
+
+    def _write(self, offset: int, data: bytes) -> None:
+        os.lseek(self._fd, offset, os.SEEK_SET)
+        while data:
+            data = data[os.write(self._fd, data) :]
 
 
 class _Checkpoint:
-    """What is delivered of which file, in a file of its own that is replaced as a whole; and a lock beside it.
+    """What is settled of which file of a directory.
 
-    A file is known by a hash of its beginning, up to 4 KiB of what was delivered of it: names change with logrotate and
-    gzip, inodes with copying. An empty *path* keeps nothing.
+    Of the notes about one file ("n") the last one holds. A file is known by hashes: of its first bytes (a power of two
+    of them, so that few have to be tried), and of those before the place up to which it is settled, but for its holes.
+    Without a journal nothing is kept.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path and os.path.abspath(path)
-        self._entries: "List[Record]" = []  # {"name", "hash", "hashed", "offset", "line"} each
-        self._lock_fd = -1
+    def __init__(self, journal: "Optional[_Journal]") -> None:
+        self.journal = journal
+        self._entries: "Dict[int, Record]" = {}  # by "n"; the one noted last at the end
+        self._heads: "Dict[Tuple[int, str], List[int]]" = {}  # (how many first bytes, their hash) -> "n"; old ones too
+        self._names: "Dict[str, int]" = {}  # name -> the last "n" of that
+        self._last = 0  # the highest "n"
 
-    def lock(self) -> None:
-        """Keep other uploads away and read the file; raise where another is at work or that cannot be done."""
-        if not self.path:
+    def open(self, names: "Iterable[str]") -> None:
+        """Read the notes, and write them anew, compact; *names* are those of the files there are."""
+        if self.journal is None:
             return
         try:
-            self._lock_fd = _open_lines(self.path + ".lock", 0o666)
-            mine = _lock_forever(self._lock_fd)
-            if mine and os.path.exists(self.path):
-                with io.open(self.path, encoding="utf-8") as file:
-                    self._entries = json.load(file)["files"]
+            self._load(self.journal.open())
+            self._forget(set(names))
+            self.journal.write_anew(_CHECKPOINT_HEAD + b"".join(map(_line, self._entries.values())))
+        except AnalysysPythonSdkFileException:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            message = "cannot use the checkpoint %s (--checkpoint FILE names another): %s" % (self.path, error)
+            message = "cannot use the checkpoint %s (--checkpoint FILE names another): %s" % (self.journal.path, error)
             raise AnalysysPythonSdkFileException(message) from error
-        if not mine:
-            raise AnalysysPythonSdkFileException("another upload is at work: it holds %s.lock" % self.path)
 
-    def unlock(self) -> None:
-        """Let other uploads in."""
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
+    def known(self, name: str, head: bytes) -> "List[Record]":
+        """Return the entries that may be about a file that begins with *head*; those of its name first.
 
-    def entry(self, name: str, head: bytes) -> "Record":
-        """Return the entry of the file that begins with *head*: a known one whose hash fits, or else a new one."""
-        sizes = {entry["hashed"] for entry in self._entries}
-        hashes = {size: _hash(head[:size]) for size in sizes if size <= len(head)}
-        fitting = [entry for entry in self._entries if hashes.get(entry["hashed"]) == entry["hash"]]
-        if fitting:
-            return max(fitting, key=lambda entry: (entry["hashed"], entry["name"] == name, entry["offset"]))
-        return {"name": name, "hash": "", "hashed": 0, "offset": 0, "line": 0}
+        That of its name is looked up by that: a thousand others may have the same beginning.
+        """
+        keys = [(size, _hash(head[:size])) for size in _HEAD_SIZES if size <= len(head)]
+        numbers = itertools.chain([self._names.get(name, 0)], *[self._heads.get(key, ())[-_LOOKED_AT:] for key in keys])
+        entries = {n: self._entries[n] for n in numbers if n in self._entries}.values()
+        found = [entry for entry in entries if self._may_be(entry, name, head, keys)]
+        return sorted(found, key=lambda entry: (entry["name"] != name, -entry["place"][0]))
 
-    def note(self, entry: "Record", name: str, head: bytes, line: "_Line") -> None:
-        """Note that all up to *line* is settled, and save."""
-        if not entry["hashed"]:
-            self._entries.append(entry)
-        hashed = min(len(head), line.end)
-        if hashed > entry["hashed"]:
-            entry.update(hashed=hashed, hash=_hash(head[:hashed]))
-        entry.update(name=name, offset=line.end, line=line.number)
-        self._save()
+    @staticmethod
+    def _may_be(entry: "Record", name: str, head: bytes, keys: "List[Tuple[int, str]]") -> bool:
+        place, (size, digest) = entry["place"][0], entry["tail"]
+        if not place:  # then nothing but the name is known
+            return bool(entry["name"] == name)
+        is_known = tuple(entry["head"]) in keys
+        return is_known and (place > len(head) or _hash(head[place - size : place]) == digest)
 
-    def forget(self, entry: "Record") -> None:
-        """Note that a file was removed, and save. The last of such entries are kept, for copies of their files."""
-        entry["removed"] = True
-        gone = [other for other in self._entries if other.get("removed")]
-        self._entries = [other for other in self._entries if other not in gone[:-_REMOVED_KEPT]]
-        self._save()
+    def has(self, name: str) -> bool:
+        """Tell whether there was a file of this name, and still is by the last note about it."""
+        entry = self._entries.get(self._names.get(name, 0), {})
+        return entry.get("name") == name and not entry.get("removed")
 
-    def _save(self) -> None:
-        if not self.path:
-            return
-        draft = self.path + ".new"
-        with io.open(draft, "w", encoding="utf-8") as file:
-            json.dump({"version": 1, "files": self._entries}, file, indent=0)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self.path)
-        _sync_directory(os.path.dirname(self.path))
+    def note(self, entries: "List[Record]") -> None:
+        """Write down *entries*, which are whole."""
+        if self.journal is not None:
+            for entry in entries:
+                self._keep(entry)
+            self.journal.append(b"".join(map(_line, entries)))
+
+    def new(self, name: str) -> "Record":
+        self._last += 1
+        return {"n": self._last, "name": name, "settled": 0}
+
+    def _keep(self, entry: "Record") -> None:
+        self._entries.pop(entry["n"], None)
+        self._entries[entry["n"]] = entry
+        self._names[entry["name"]], self._last = entry["n"], max(self._last, entry["n"])
+        found = self._heads.setdefault((entry["head"][0], entry["head"][1]), [])
+        if entry["n"] not in found[-_LOOKED_AT:]:
+            found.append(entry["n"])
+
+    def _load(self, text: bytes) -> None:
+        lines = text.split(b"\n")
+        if text.strip() and lines[0] != _CHECKPOINT_HEAD.strip():
+            raise ValueError("it is no checkpoint of this version")
+        for line in lines[1:]:
+            if line and _damage(line) is None:  # a power cut may damage the last ones
+                self._keep(_decode(line))
+
+    def _forget(self, names: "set[str]") -> None:
+        """Keep only the last entries of files that are not there any more."""
+        gone = [n for n, entry in self._entries.items() if entry.get("removed") or entry["name"] not in names]
+        for n in gone[:-_REMOVED_KEPT]:
+            del self._entries[n]
 
 
 def _sync_directory(path: str) -> None:
@@ -3352,227 +7029,289 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def _hash(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
+# The queue
 
 
-def _files(paths: "List[str]") -> "List[str]":
-    """Return the files to deliver in the order of their names; a directory stands for its ``datas_*.log``."""
-    found = []
-    for path in paths:
-        if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if _LOG_FILE.fullmatch(name))
-            found += [os.path.join(path, name) for name in names]
-        elif path == "-" or os.path.exists(path):
-            found.append(path)
-    return found
+class _Places:
+    """Knows up to which place each file is settled, whatever its name is by now: opens files there, and notes it.
+
+    A file that is read to its end is closed. It may come again while a line of it stands aside, because it has grown or
+    was renamed: it waits then, lest the same line is taken twice.
+    """
+
+    def __init__(self, files: "_Files", checkpoints: "_Checkpoints") -> None:
+        self.before = 0  # lines of these files that were settled by earlier runs
+        self._files = files
+        self._checkpoints = checkpoints
+        # Files that are read to their end, or unreadable, with lines in flight: their inodes, and their entries' "n"
+        self._unsettled: "set[Any]" = set()
+        self._wholes: "Dict[str, Record]" = {}  # hash of the head -> as in a checkpoint, of files that are read
+        # path -> its identity and entry, of files that are read to their end and not removed
+        self._finished: "Dict[str, Tuple[Any, Record]]" = {}
+
+    def open(self, path: str) -> "Optional[_Log]":
+        """Open a file at the place up to which it is settled; return None where there is nothing to take now."""
+        log = self._files.open(path)
+        if log is None:
+            return None
+        try:
+            checkpoint = self._checkpoints.of(path)
+            entry = self._entry(checkpoint, log.text) if path != "-" else None
+            copied = self._copied(log.text) if entry is None and path != "-" else None
+            if copied is not None:
+                entry = dict(copied, **checkpoint.new(log.name))
+            if copied == {}:
+                self._finished[path] = log.text.identity, {}
+                self._files.finish(log, False)
+            elif log.text.identity[:2] in self._unsettled or entry and entry["n"] in self._unsettled:
+                self._files.waiting.append(path)
+                log.text.close()
+            else:
+                log.start(entry or checkpoint.new(log.name))
+                self.before += log.entry["settled"]
+                return log
+            return None
+        except BaseException:
+            log.text.close()
+            raise
+
+    def leave(self, log: "_Log") -> None:
+        """Be done with a file that is read to its end."""
+        text = log.text
+        is_left, is_cut = log.ranges[0][0] != text.offset, bool(log.entry.get("cut"))
+        if text.path != "-":
+            tail = [len(text.before), _hash(text.before)]
+            self._wholes[_hash(text.head)] = {"place": [text.offset], "tail": tail, "left": is_left and log.entry}
+            if not is_left and not is_cut:
+                self._finished[text.path] = text.identity, log.entry
+        self._keep_unsettled(log)
+        self._files.finish(log, is_left and not is_cut)
+
+    def fail(self, log: "_Log", error: Exception) -> None:
+        """Be done, for now at least, with a file that cannot be read any further."""
+        log.text.close()
+        self._keep_unsettled(log)
+        self._files.fail(log.text.path, error, log.text.identity)
+
+    def note(self, logs: "List[_Log]") -> None:
+        """Write down how far files are settled, those of one directory together."""
+        notes: "Dict[int, Tuple[_Checkpoint, List[Record]]]" = {}
+        for log in logs:
+            log.mark()
+            checkpoint = self._checkpoints.of(log.text.path)
+            notes.setdefault(id(checkpoint), (checkpoint, []))[1].append(log.entry)
+            if not log.flight:
+                self._unsettled -= {log.text.identity[:2], log.entry["n"]}
+        for checkpoint, entries in notes.values():
+            checkpoint.note(entries)
+
+    def remove_old(self) -> None:
+        """Remove files that are delivered, and neither of the current period nor the newest."""
+        for path in self._files.listing.old(self._finished):
+            identity, entry = self._finished.pop(path)
+            checkpoint = self._checkpoints.of(path)
+            if checkpoint.journal is not None:
+                checkpoint.journal.sync(0.0)
+            if _remove(path, identity) and "place" in entry:
+                entry["removed"] = True
+                checkpoint.note([entry])
+
+    def _keep_unsettled(self, log: "_Log") -> None:
+        if log.flight:
+            self._unsettled |= {log.text.identity[:2], log.entry["n"]}
+            log.text.before = b""  # of many such files
+
+    def _entry(self, checkpoint: "_Checkpoint", text: "_Text") -> "Optional[Record]":
+        """Return the entry about a file, whose text then stands at its place; None where it is new."""
+        name = os.path.basename(text.path)
+        known = checkpoint.known(name, text.head)
+        for entry in filter(text.fits, known):
+            if entry["name"] == name or not self._is_there(entry, text) and not entry.get("removed"):
+                entry["name"] = name  # it was renamed
+                return entry
+            if not text.read(1):  # a copy, which the other one may outgrow
+                copy = dict(entry, removed=False, **checkpoint.new(name))
+                checkpoint.note([copy])
+                return copy
+        if known or checkpoint.has(name):
+            message = "%s is not as it was left, or begins like another file: it starts at the beginning"
+            self._files.listing.tell(message, text.path)
+        return None
+
+    def _copied(self, text: "_Text") -> "Optional[Record]":
+        """Return {} where *text* is that of another file that was just read, or its entry where a last line is left."""
+        whole = self._wholes.get(_hash(text.head))
+        return (whole["left"] or {}) if whole and text.fits(whole) and not text.read(1) else None
+
+    def _is_there(self, entry: "Record", text: "_Text") -> bool:
+        """Tell whether the file of another name that *entry* is about is still there, beside that of *text*."""
+        try:
+            with _open_text(os.path.join(os.path.dirname(text.path), entry["name"]), text.check) as other:
+                return other.fits(entry)
+        except Exception:  # what unpacks has many
+            return False
 
 
-def _existing(path: str) -> str:
-    if path != "-" and not os.path.exists(path):
-        raise _illegal("PATH", path, "must be a directory, a file, or -")
-    return path
+class _Shipment(_LineQueue):
+    """The lines of files as a queue for the sender; what is settled is noted in the checkpoint of their directory."""
 
+    def __init__(self, files: "_Files", checkpoints: "_Checkpoints", stop: "_Stop", history: bool) -> None:
+        super().__init__(_Ledger(), checkpoints)  # type: ignore[arg-type]
+        self.files = files
+        self.places = _Places(files, checkpoints)
+        self.busy = 0.0  # seconds spent here, which no request took
+        self._checkpoints = checkpoints
+        self._stop = stop
+        self._history = history
+        self._log: "Optional[_Log]" = None  # the one that is read
+        self._inhand: "List[Any]" = []  # what is taken so far, of a batch
 
-def _open_to_read(path: str) -> "Any":
-    if path == "-":
-        return sys.stdin.buffer
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    if path.endswith(".gz"):
-        import gzip
+    def take(self, most: int) -> "List[Item]":
+        began = _CLOCK.now()
+        try:
+            items = super().take(most)
+        except _Stopped:
+            items = []
+        self.busy += _CLOCK.now() - began
+        if self._history:
+            return [item._replace(text=_flagged(item.text)) for item in items]  # type: ignore[attr-defined]
+        return items
 
-        return gzip.open(path, "rb")
-    return io.open(path, "rb")
+    def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
+        began = _CLOCK.now()
+        super().settle(items, error)
+        self.busy += _CLOCK.now() - began
 
+    def due_at(self) -> float:
+        """Return when take() is to be called next; infinity: there will be nothing."""
+        return 0.0 if self._log or self.files.waiting else self.files.due_at
 
-class _Shipment:
-    """The lines of files as a queue for the sender. What is settled is noted in the checkpoint."""
+    def remaining(self) -> "Tuple[int, bool]":
+        """Return how many lines are not settled, and whether that is all, as far as can be counted in a moment."""
+        self._stop.grant(_COUNT_STOPPED if self._stop.asked else _COUNT)
+        left, self.files.due_at = self.ledger.stats()["pending"], float("inf")
+        self._inhand = []
+        try:
+            log = self._source()
+            while log is not None and not log.text.is_paused:
+                line = log.next(float("inf"))
+                if line is not None:
+                    left += 1
+                    del log.flight[line.start]
+                elif log.is_read:
+                    log = self._source()
+            return left, True
+        except _Stopped:
+            return left, False
+        except Exception as error:  # what unpacks has many
+            if log is not None:
+                self._unreadable(log, error)
+            return left, False
 
-    def __init__(self, paths: "List[str]", checkpoint: "_Checkpoint", options: "Any") -> None:
-        self.ledger = _Ledger()
-        self.stats = self.ledger.stats
-        self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()
-        self.problem = ""  # why a file could not be read
-        self.is_waiting = False  # for standard input
-        self.rejected_path = os.path.join(os.path.dirname(checkpoint.path or os.path.abspath("-")), "rejected.log")
-        self._paths = paths
-        self._checkpoint = checkpoint
-        self._options = options
-        self._rejected = _SharedFile(self.rejected_path)
-        self._seen: "Dict[str, Any]" = {}  # path -> what stat said before it was read to its end
-        self._done: "Dict[str, Any]" = {}  # path -> what stat said, size, entry: of files that may go in time
-        self._waiting = _files(paths)
-        self._file: "Any" = None  # the one that is read, and about it:
-        self._path = ""
-        self._opened: "Any" = None  # what stat said
-        self._head = b""
-        self._entry: "Record" = {}
-        self._position = (0, 0)
-        self._ahead: "List[_Line]" = []  # read, but not taken
-        self._inflight: "List[_Line]" = []
+    def unread(self, sizes: "Dict[str, int]") -> int:
+        """Return how many bytes are left of the file that is read, where it is not packed."""
+        text = self._log and self._log.text
+        return max(0, sizes.get(text.path, 0) - self._log.offset) if text and not text.is_packed else 0  # type: ignore
 
-    def take(self, most: int) -> int:
-        """Take up to *most* lines in flight, all of one file, and return their number. Damaged ones are rejected."""
-        while True:
-            lines = self._ahead or self._read(most)
-            if not lines:
-                return 0
-            sound = _sound(lines)
-            keep = len(lines) if sound == len(lines) else max(1, sound)  # a damaged line is taken alone
-            self._inflight, self._ahead = lines[:keep], lines[keep:]
-            self.ledger.add({"accepted": keep, "pending": keep})
-            if sound:
-                if self._options.history:
-                    self._inflight = [line._replace(text=_as_history(line.text)) for line in self._inflight]
-                return keep
-            reason = "line %d of %s is %s" % (lines[0].number, lines[0].file, _damage(lines[0].text))
-            self.settle(1, AnalysysPythonSdkIllegalDataException(reason, _records([lines[0].text])))
+    def tidy(self, delete: bool) -> None:
+        """See to what is not urgent: notes that may not survive a power cut, files that are delivered and may go."""
+        self._checkpoints.sync()
+        if delete and not self.ledger.stats()["pending"] and self.due_at() > _CLOCK.now():
+            self.places.remove_old()
 
-    def head(self, number: int) -> "List[bytes]":
-        """Return the first *number* lines in flight."""
-        return [line.text for line in self._inflight[:number]]
-
-    def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
-        """Let go of the first *number* in flight: delivered, or rejected with *error*."""
-        done = self._inflight[:number]
-        if error is not None:
-            _reject_lines(self._rejected, done, str(error))
-            self.refusals.append(error)
-        if self._path != "-":
-            self._checkpoint.note(self._entry, os.path.basename(self._path), self._head, done[-1])
-        self._inflight = self._inflight[number:]
-        self.ledger.add(_settled(number, error))
-
-    def is_empty(self) -> bool:
-        return self._file is None and not self._waiting and not self._inflight
-
-    def look_again(self) -> bool:
-        """Return whether there are files that are new, have grown or were renamed since they were read."""
-        self._waiting = [path for path in _files(self._paths) if path != "-" and self._seen.get(path) != _stat(path)]
-        self._tidy()
-        return bool(self._waiting)
-
-    def remaining(self) -> int:
-        """Return how many lines are not settled; of standard input, how many of those that were read."""
-        left = len(self._inflight + self._ahead) if self._path == "-" else 0
-        self._close()
-        for path in [path for path in _files(self._paths) if path != "-"]:
-            try:
-                with _open_to_read(path) as file:
-                    file.seek(self._checkpoint.entry(os.path.basename(path), file.read(_HASHED))["offset"])
-                    left += sum(not line.isspace() and self._is_whole(path, line) for line in file)
-            except Exception as error:  # gzip has many
-                self.problem = "%s: %s" % (path, error)
-                left += 1
-        return left
-
-    def progress(self) -> "Tuple[str, int, int]":
-        """Return how many files are read, the bytes that are, and the bytes there are."""
-        sizes = {path: os.path.getsize(path) for path in _files(self._paths) if path != "-"}
-        undone = set(self._waiting + [self._path])
-        done = sum(size for path, size in sizes.items() if path not in undone)
-        files = "%d of %d files" % (len(sizes) - len(undone.intersection(sizes)), len(sizes))
-        return files, done + min(self._position[0], sizes.get(self._path, 0)), sum(sizes.values())
-
-    def _read(self, most: int) -> "List[_Line]":
-        """Return the next lines, of the first file that has any."""
-        while self._file is not None or self._waiting:
-            try:
-                if self._file is None:
-                    self._open(self._waiting.pop(0))
-                lines = self._read_file(most)
-            except Exception as error:  # gzip has many
-                self.problem = "%s: %s" % (self._path, error)
-                _log("error", "cannot read %s", self.problem)
-                self._seen[self._path] = self._opened
-                self._close()
-                continue
-            if lines:
-                return lines
-            self._finish()
+    def close(self) -> "List[bytes]":
+        """Let go of what is read."""
+        if self._log is not None:
+            self._log.text.close()
+        self.files.close()
         return []
 
-    def _read_file(self, most: int) -> "List[_Line]":
-        name = os.path.basename(self._path)
-        if self._path != "-":
-            lines, self._position = _read_lines(self._file, name, self._position, most, float("inf"))
-            if lines and not self._is_whole(self._path, lines[-1].text):
-                cut = lines.pop()
-                self._position = (cut.end - len(cut.text), cut.number - 1)
-                self._file.seek(self._position[0])
-            return lines
-        try:
-            self.is_waiting = True
-            while len(self._ahead) < most:  # kept there line by line, since a signal ends the wait for more
-                lines, self._position = _read_lines(self._file, name, self._position, 1, float("inf"))
-                if not lines:
-                    break
-                self._ahead += lines
-        finally:
-            self.is_waiting = False
-        return self._ahead
+    def _take(self, most: int, taken: "List[Any]") -> "List[Tuple[_Line, str]]":
+        self._inhand = taken
+        return super()._take(most, taken)
 
-    def _open(self, path: str) -> None:
-        self._path, self._opened, self._position = path, _stat(path), (0, 0)
-        self._file = _open_to_read(path)
-        if path != "-":
-            self._head = self._file.read(_HASHED)
-            self._entry = self._checkpoint.entry(os.path.basename(path), self._head)
-            self._position = (self._entry["offset"], self._entry["line"])
-            self._file.seek(self._position[0])
+    def _source(self) -> "Optional[_Log]":
+        while self._log is None or self._log.is_read:
+            log = self._log
+            if log is None:
+                if not self._turn_to_next():
+                    return None
+            elif not log.is_held and not log.text.is_paused:
+                self._log = None
+                self.places.leave(log)
+            elif self._inhand:
+                return None
+            else:
+                log.is_held = log.is_read = False
+        return self._log
 
-    def _is_whole(self, path: str, text: bytes) -> bool:
-        """Tell whether a line of *path* has its newline, or is all that there will be of it without."""
-        is_final = text.endswith(b"\n") or len(text) == _MAX_LINE or path.endswith(".gz")
-        return is_final or not self._options.follow and _damage(text) is None
+    def _turn_to_next(self) -> bool:
+        """Open the next file, if there is one."""
+        for path in iter(self.files.next, None):
+            try:
+                self._log = self.places.open(path)
+            except _Stopped:
+                self.files.waiting.appendleft(path)
+                raise
+            except AnalysysPythonSdkFileException:  # of the checkpoint
+                raise
+            except Exception as error:
+                self.files.fail(path, error, _stat(path))
+            if self._log is not None:
+                self._log.is_final = functools.partial(self._is_final, self._log)  # type: ignore[method-assign]
+                return True
+            if path in self.files.waiting:  # it is its own line that it waits for, or it has changed meanwhile
+                break
+        return False
 
-    def _finish(self) -> None:
-        """Be done with a file that is read to its end."""
-        path, self._seen[self._path] = self._path, self._opened
-        self._close()
-        if path != "-":
-            self._done[path] = (self._opened, self._position[0], self._entry)
-            self._tidy()
+    def _is_final(self, log: "_Log", text: bytes) -> bool:
+        """Tell whether to take the last line of *log*, which has no newline; a broken one after those before it."""
+        if self.files.listing.may_grow(log.text.path) or log.text.is_paused or log.entry.get("cut") == len(text):
+            return False
+        log.is_held = bool(self._inhand) and _damage(text) is not None
+        return not log.is_held
 
-    def _tidy(self) -> None:
-        """Remove, if that is asked for, files that are wholly delivered and no longer in use."""
-        for path, (opened, size, entry) in list(self._done.items()) if self._options.delete else []:
-            if self._is_old(path):
-                del self._done[path]
-                if _remove(path, opened, size):
-                    self._checkpoint.forget(entry)
+    def _count(self, lines: "List[Any]") -> None:
+        self.ledger.add({"accepted": len(lines), "pending": len(lines)})
 
-    def _is_old(self, path: str) -> bool:
-        """Tell whether *path* is neither of the current period nor of the newest one, by its name."""
-        periods = [os.path.basename(found).partition(".log")[0] for found in [path] + _files(self._paths)]
-        current = [time.strftime(pattern).partition(".log")[0] for pattern in _LOG_NAMES.values()]
-        return periods[0] not in current + [max(periods)]
+    def _settle(self, lines: "List[Any]") -> None:
+        logs = {}
+        for _, group in itertools.groupby(lines, lambda line: id(line.source)):
+            some = list(group)
+            log = some[0].source
+            logs[id(log)] = log
+            log.settle_all(some)
+        self.places.note(list(logs.values()))
 
-    def _close(self) -> None:
-        if self._file is not None and self._path != "-":
-            self._file.close()
-        self._file, self._path = None, ""
+    def _unreadable(self, source: "_Source", error: Exception) -> None:
+        self._log = None
+        self.places.fail(source, error)  # type: ignore[arg-type]
 
 
-def _stat(path: str) -> "Any":
-    """Return what changes when a file is written to or replaced; None where there is no file."""
+def _flagged(text: bytes) -> bytes:
+    """Return a record with the flag that has the platform take it whatever its time, and otherwise as it is."""
+    line = text.decode("utf-8")
+    where, comma = -1, ""
+    gap: "Any" = re.compile(_JSON_GAP)
+    at = gap.match(line, line.index("{") + 1).end()
+    while line[at] == '"':
+        name, at = json.decoder.scanstring(line, at + 1)  # type: ignore[attr-defined]
+        begin = gap.match(line, at).end()
+        value, at = _decoder.raw_decode(line, begin)
+        at = gap.match(line, at).end()
+        if name == "xcontext":  # the last one of this name counts
+            where = begin + 1 if isinstance(value, dict) and "$importFlag" not in value else -1
+            comma = "," if value else ""
+    return (line if where < 0 else line[:where] + '"$importFlag":1' + comma + line[where:]).encode("utf-8")
+
+
+def _remove(path: str, identity: "Any") -> bool:
+    """Remove *path*, under its lock, if it is as it was."""
     try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime
-
-
-def _remove(path: str, opened: "Any", size: int) -> bool:
-    """Remove *path*, under its lock, if it is as it was when *opened* and its lines end at *size*."""
-    try:
-        fd = os.open(path, os.O_RDWR)
+        fd = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
         try:
-            _lock_file(fd)
-            if _stat(path) != opened or not path.endswith(".gz") and opened[2] != size:
+            _lock_file(fd, 1.0)
+            if _stat(path) != identity:
                 return False
             os.unlink(path)
         finally:
@@ -3584,67 +7323,927 @@ def _remove(path: str, opened: "Any", size: int) -> bool:
         return False
 
 
-def _as_history(text: bytes) -> bytes:
-    """Return a record with the flag that has the platform take it whatever its time."""
-    record = _decode(text)
-    if isinstance(record.get("xcontext"), dict):
-        record["xcontext"].setdefault("$importFlag", 1)
-    return json.dumps(record).encode("ascii")
+# The command
 
 
-def _check_files(paths: "List[str]") -> int:
-    """Check every line by the rules for records; print a summary by event and by error."""
-    events: "Dict[str, List[Any]]" = {}  # name -> [how many, where the first is]
-    errors: "Dict[str, List[Any]]" = {}
-    for path in _files(paths):
-        number = 0
+def _upload(arguments: "Any") -> int:
+    """Deliver files of lines, or check them only."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:  # where 2>&- closed one of the three, no file of ours is to take its place
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    if not arguments.follow or arguments.dry_run:
+        for path in arguments.path:
+            _check_path(path)
+    if "-" in arguments.path and arguments.follow:
+        raise _illegal("PATH", "-", "cannot be followed: it ends by itself")
+    with _Stop() as stop:
+        if arguments.dry_run:
+            return _check_files(_Listing(arguments.path, [], False), stop, arguments.json)
+        return _ship(arguments, stop)
+
+
+def _check_path(path: str) -> None:
+    if path != "-" and not os.path.lexists(path):
+        raise _illegal("PATH", path, "must be a directory, a file, or -")
+
+
+def _ship(arguments: "Any", stop: "_Stop") -> int:
+    """Deliver files; print what became of them and return the exit status that says so."""
+    if not arguments.server:
+        raise _illegal("--server", "", "is missing: the address to deliver to, http(s)://host[:port][/path]")
+    headers = _http_headers(dict(map(_header, arguments.header)))
+    transport = _Transport(_url(arguments.server), _trusting(arguments.ca), headers)
+    own = [arguments.checkpoint + ending for ending in ("", ".lock", ".new") if arguments.checkpoint]
+    listing = _Listing(arguments.path, own, arguments.follow)
+    checkpoints = _Checkpoints(arguments.checkpoint, listing)
+    try:
+        for path in arguments.path:
+            if os.path.isdir(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))):
+                checkpoints.of(path)
+        shipment: "Any" = _Shipment(_Files(listing, stop.check), checkpoints, stop, arguments.history)
+        sender = _Sender(transport, shipment, min(arguments.batch, _FIRST_BATCH), arguments.request_timeout)
+        problem = _deliver(shipment, sender, arguments, stop)
+        return _sum_up(shipment, sender, checkpoints.rejected.values(), bool(stop.asked) and arguments.follow, problem)
+    finally:
+        checkpoints.close()
+        transport.close()
+
+
+def _trusting(ca: str) -> "Optional[ssl.SSLContext]":
+    """Return what trusts the certificates in a file."""
+    if not ca:
+        return None
+    import ssl
+
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except (OSError, ValueError) as error:
+        raise _illegal("--ca", ca, "must be a file of certificates in PEM (%s)" % error) from None
+
+
+class _Checkpoints:
+    """The checkpoint of each directory, or one for all, and the `rejected.log` beside it."""
+
+    def __init__(self, only: str, listing: "_Listing") -> None:
+        self._only = only and os.path.abspath(only)
+        self._listing = listing
+        self._open: "Dict[str, _Checkpoint]" = {}  # by its path
+        self.rejected: "Dict[str, _RejectedLog]" = {}  # by its directory, those that were written to
+
+    def of(self, path: str) -> "_Checkpoint":
+        """Return that of a file or directory, opened."""
+        if path == "-":
+            where = ""
+        else:
+            folder = path if os.path.isdir(path) else os.path.dirname(path)
+            where = self._only or os.path.join(os.path.abspath(folder), "upload.checkpoint")
+        if where not in self._open:
+            self._open[where] = _Checkpoint(_Journal(where) if where else None)
+            self._open[where].open(map(os.path.basename, self._listing.all()) if where else ())
+        return self._open[where]
+
+    def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
+        """Do as _RejectedLog.add() does."""
+        for path, group in itertools.groupby(lines, lambda entry: str(entry[0].source.text.path)):
+            journal = self.of(path).journal
+            folder = os.path.dirname(journal.path) if journal is not None else os.getcwd()
+            rejected = self.rejected.setdefault(folder, _RejectedLog(os.path.join(folder, "rejected.log")))
+            rejected.add(list(group), are_damaged)
+
+    def warn(self) -> None:
+        for rejected in self.rejected.values():
+            rejected.warn()
+
+    def sync(self) -> None:
+        for journal in self._journals():
+            journal.sync(_SYNC_EVERY)
+
+    def close(self) -> None:
+        for journal in self._journals():
+            journal.close()
+
+    def _journals(self) -> "List[_Journal]":
+        return [checkpoint.journal for checkpoint in self._open.values() if checkpoint.journal is not None]
+
+
+def _deliver(shipment: "_Shipment", sender: "_Sender", options: "Any", stop: "_Stop") -> str:
+    """Send until all is delivered, the server fails for too long, or a signal says stop; return what went wrong."""
+    progress = _Progress(shipment, sender)
+    refusals, outage = shipment.ledger.refusals, sender.outage
+    try:
+        while not stop.asked:
+            began, shipment.busy = _CLOCK.now(), 0.0
+            sender.attempt()
+            _adapt(sender, _CLOCK.now() - began - shipment.busy, options.batch)
+            outage.warn(shipment.ledger.stats()["pending"])
+            if refusals:
+                _log("error", "%s%s", refusals[0], " (and %d more)" % (len(refusals) - 1) if len(refusals) > 1 else "")
+                refusals.clear()
+            progress.show()
+            shipment.tidy(options.delete)
+            if outage.since is not None:
+                if not options.follow and outage.not_before - outage.since > _GIVE_UP:
+                    break
+                stop.wait(outage.not_before)
+            elif shipment.ledger.stats()["pending"] == 0:
+                if shipment.due_at() == float("inf"):
+                    break
+                stop.wait(shipment.due_at())
+    except AnalysysPythonSdkFileException as error:
+        return str(error)
+    finally:
+        progress.end()
+    return ""
+
+
+def _adapt(sender: "_Sender", took: float, most: int) -> None:
+    """Have requests carry more where they take long, so that a far server costs little, and less where they fail."""
+    if sender.outage.since is not None or took > sender.timeout / 2:
+        sender.most = max(1, sender.most // 2)
+    elif _LONG < took < sender.timeout / 4 or sender.most < _FIRST_BATCH:
+        sender.most = min(most, sender.most * 2)
+
+
+def _sum_up(
+    shipment: "_Shipment", sender: "_Sender", rejected: "Iterable[_RejectedLog]", is_ended: bool, problem: str
+) -> int:
+    """Print what became of a shipment and return the exit status that says so."""
+    counts = shipment.ledger.stats()
+    remaining, is_all = shipment.remaining()
+    shipment.close()
+    left = ("" if is_all else "more than ") + str(remaining)
+    _print("delivered %d, rejected %d, remaining %s" % (counts["delivered"], counts["rejected"], left))
+    if counts["rejected"]:
+        _print("the rejected ones are in %s" % ", ".join(_printable(one.path) for one in rejected))
+    is_failing = sender.outage.since is not None
+    if is_ended and not problem and not is_failing:  # what cannot be read has been named, and may be read next time
+        return _SOME_REJECTED if counts["rejected"] else _DONE
+    problem = problem or ", ".join(list(shipment.files.listing.problems.values())[:1])
+    if remaining or not is_all or problem:
+        why = sender.outage.state() if is_failing else problem or "it was stopped"
+        _print("analysys: not all is delivered: %s" % why, sys.stderr)
+        return _NOT_DELIVERED
+    if not counts["delivered"] and not counts["rejected"]:
+        _print("nothing new, {:,} delivered before".format(shipment.places.before))
+    return _SOME_REJECTED if counts["rejected"] else _DONE
+
+
+def _header(text: str) -> "Tuple[str, str]":
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise _illegal("--header", text, "must be 'Name: value'")
+    return name.strip(), value.strip()
+
+
+class _Progress:
+    """Shows how far a shipment is: a line that changes on a terminal, otherwise a line a minute."""
+
+    def __init__(self, shipment: "_Shipment", sender: "_Sender") -> None:
+        self._shipment = shipment
+        self._outage = sender.outage
+        self._began = _CLOCK.now()
+        self._is_terminal = bool(sys.stderr and sys.stderr.isatty())
+        self._every = 0.5 if self._is_terminal else 60.0  # seconds
+        self._next = self._began + self._every
+        self._sizes: "Dict[str, int]" = {}  # bytes of each file, as it is packed
+
+    def show(self) -> None:
+        """Show a line if it is time."""
+        now = _CLOCK.now()
+        if now < self._next:
+            return
+        self._next = now + self._every
+        seconds = now - self._began
+        files, done, total = self._read()
+        counts = self._shipment.ledger.stats()
+        events = counts["delivered"] + counts["rejected"]
+        text = "%s, %.1f of %.1f MB" % (files, done / 1e6, total / 1e6)
+        text += ", %d events, %.0f events/s" % (events, events / seconds)
+        if self._outage.since is not None:
+            text += ", the server is failing, retry in %.0f s" % max(0.0, self._outage.not_before - now)
+        else:
+            text += ", %d:%02d left" % divmod(seconds * max(0, total - done) / done if done else 0.0, 60)
+        _write(sys.stderr, "\r%s\x1b[K" % text if self._is_terminal else text + "\n")
+
+    def _read(self) -> "Tuple[str, int, int]":
+        """Return how many files are read, the bytes that are, and the bytes there are, all as they are packed."""
+        files, sizes = self._shipment.files, self._sizes
+        for path in files.listing.all():
+            if path not in sizes and path != "-":
+                sizes[path] = (_stat(path) or (0, 0, 0))[2]
+        undone = set(files.waiting)
+        done = sum(size for path, size in sizes.items() if path not in undone) - self._shipment.unread(sizes)
+        return "%d of %d files" % (len(sizes.keys() - undone), len(sizes)), done, sum(sizes.values())
+
+    def end(self) -> None:
+        """Leave the terminal's line empty."""
+        if self._is_terminal:
+            _write(sys.stderr, "\r\x1b[K")
+
+
+def _write(stream: "Any", text: str) -> None:
+    """Write to a terminal or pipe that may be gone."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+# The dry run
+
+
+class _Checker:
+    """Checks every line by the rules for records, quickly: most records differ from an earlier one by values only."""
+
+    def __init__(self) -> None:
+        self.inventory = _Inventory()
+        self.lines = 0
+        self.errors: "Dict[str, List[Any]]" = {}  # rule -> [how many, where the first is]
+        self._shapes: "Dict[Any, List[Any]]" = {}  # what such records share -> [the first of them, how many more]
+
+    def check_all(self, log: "_Log") -> None:
+        """Check the lines of a file."""
+        while not log.is_read or log.text.is_paused:
+            line = log.next(float("inf"))
+            if line is not None:
+                del log.flight[line.start]
+                self.check(log.text.path, line)
+
+    def check(self, path: str, line: "_Line") -> None:
+        """Check a line."""
+        text, number = line.text, line.number
+        self.lines += 1
         try:
-            for number, text in enumerate(_open_to_read(path), 1):
-                if text.isspace():
-                    continue
+            if line.length != len(text) or len(text) > _MAX_STRUCTURE and _damage(text) is not None:
+                raise ValueError("no record")
+            record = _decode(text)
+            shape = None if b"\\ud" in text.lower() else _shape(record)
+            known = self._shapes.get(shape)
+            if known is not None:
+                known[1] += 1
+                return
+            _check_record(record)
+            self.inventory.add(record)
+            if shape is not None and len(self._shapes) < _MOST_SHAPES:
+                self._shapes[shape] = [record, 0]
+        except AnalysysPythonSdkIllegalDataException as error:
+            self._count(error.rule or str(error), path, number)
+        except (ValueError, RecursionError):
+            self._count("it is not JSON", path, number)
+
+    def end(self) -> "Record":
+        """Return the inventory with what is wrong beside it."""
+        for record, times in self._shapes.values():
+            if times:
+                self.inventory.add(record, times)
+        self._shapes.clear()
+        found = sorted(self.errors.items(), key=lambda entry: -int(entry[1][0]))
+        errors = [{"rule": rule, "count": count, "first": first} for rule, (count, first) in found]
+        return dict(self.inventory.as_json(), lines=self.lines, errors=errors)
+
+    def _count(self, rule: str, path: str, number: int) -> None:
+        self.inventory.refused += 1
+        if len(self.errors) >= _MOST_SHAPES:
+            rule = "other rules"
+        self.errors.setdefault(_printable(rule), [0, "%s:%d" % (path, number)])[0] += 1
+
+
+def _shape(record: "Any") -> "Any":
+    """Return all that the rules ask of a record but for its values, if these are small; None where that is unusual."""
+    try:
+        context, app_id, who, when = record["xcontext"], record["appid"], record["xwho"], record["xwhen"]
+        values = context.values()
+        kinds = tuple(map(type, values))
+        if "$original_id" in context or not _FIRST_MS <= when <= _LAST_MS or type(when) is not int:
+            return None
+        if not 0 < len(app_id) <= _MAX_APP_ID or not 0 < len(who) <= _MAX_ID or not type(app_id) is type(who) is str:
+            return None
+        for value, kind in zip(values, kinds):
+            if kind is str:
+                if len(value) > _MAX_STRING:
+                    return None
+            elif kind is int:
+                if value.bit_length() > 63:
+                    return None
+            elif kind is list:
+                if len(value) > _MAX_ITEMS or not all(type(item) is str and len(item) <= _MAX_STRING for item in value):
+                    return None
+            elif kind is not bool and kind is not float:
+                return None
+        return record["xwhat"], context.get("$debug"), tuple(context), kinds
+    except (TypeError, KeyError, AttributeError):
+        return None
+
+
+def _check_files(listing: "_Listing", stop: "_Stop", as_json: bool) -> int:
+    """Check every line of files, print what they hold and what is wrong, and return the exit status that says so."""
+    checker, is_stopped = _Checker(), False
+    for path in listing.all():
+        try:
+            with _open_text(path, stop.check) as text:
+                if not listing.is_foreign(path, text):
+                    checker.check_all(_Log(text))
+        except _Stopped:
+            is_stopped = True
+            break
+        except Exception as error:  # what unpacks has many
+            listing.fail(path, error)
+    found = checker.end()
+    if as_json:
+        _print_json(found)
+    else:
+        _print_inventory(found)
+    if listing.problems or is_stopped:
+        why = (list(listing.problems.values()) + ["it was stopped"])[0]
+        _print("analysys: not all is checked: %s" % why, sys.stderr)
+        return _NOT_DELIVERED
+    return _SOME_REJECTED if found["errors"] or found["conflicts"] else _DONE
+
+
+def _print_json(found: "Record") -> None:
+    """Print JSON piece by piece: as one text it would take as much memory again."""
+    pieces = json.JSONEncoder().iterencode(found)
+    for piece in iter(lambda: "".join(itertools.islice(pieces, _LOOKED_AT)), ""):
+        _write(sys.stdout, piece)
+    _print("")
+
+
+def _print_inventory(found: "Record") -> None:
+    for conflict in found["conflicts"]:
+        types = ", ".join("%s %d" % entry for entry in conflict["types"].items())
+        spelled = ", ".join(conflict["spellings"])
+        _print("conflict  %s property %s: %s  (spelled %s)" % (conflict["kind"], conflict["property"], types, spelled))
+    for error in found["errors"]:
+        _print("%8d  error  %s  (first: %s)" % (error["count"], error["rule"], _printable(error["first"])))
+    for name, event in sorted(found["events"].items(), key=lambda entry: -int(entry[1]["count"])):
+        _print("%8d  event  %s" % (event["count"], name))
+        for one, pair in event["properties"].items():
+            types = ", ".join("%s %d" % entry for entry in pair["types"].items())
+            _print("%10s%s: %s  (%s)" % ("", one, types, _printable(json.dumps(pair["example"], ensure_ascii=False))))
+    if found["cut"]:
+        _print("more than %d pairs of event and property: the others are not listed" % _MAX_PAIRS)
+    counts = found["accepted"], found["refused"], len(found["conflicts"])
+    _print("%d lines are good, %d are not, %d conflicts" % counts)
+
+
+########################################################################################################################
+# Doctor: `check`, which says why nothing arrives
+#
+# Each step looks at one thing in a thread of its own, which is left behind where it takes too long: a resolver has
+# limits of its own. Nothing is made or changed on disk, and locks are tried for an instant only.
+########################################################################################################################
+
+_LITTLE_ROOM, _NO_ROOM = 100 * 1024 * 1024, 1024 * 1024  # bytes free
+_CLOCK_OFF = 60  # seconds: C8
+_CERTIFICATE_ENDS = 30 * 86400  # seconds: C8
+_STATES = ("OK", "SKIP", "WARN", "FAIL")  # the worst last
+
+_Finding = collections.namedtuple("_Finding", "state seen advice")
+
+
+def _doctor(arguments: "Any") -> int:
+    """Look at everything between this file and the platform; print what was seen."""
+    doctor = _Doctor(arguments)
+    for step, look in doctor.steps():
+        doctor.run(step, look)
+        if not arguments.json:
+            _print_step(doctor.rows[-1])
+    if arguments.json:
+        _print(json.dumps(doctor.rows, indent=1))  # in ASCII, which every terminal and pipe can take
+    return _NOT_DELIVERED if any(row["state"] == "FAIL" for row in doctor.rows) else _DONE
+
+
+def _print_step(row: "Record") -> None:
+    import shutil
+    import textwrap
+
+    width = max(40, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    took = "" if row["ms"] is None else "  (%d ms)" % row["ms"]
+    colour = "\x1b[%dm%%s\x1b[0m" % {"FAIL": 31, "WARN": 33}.get(row["state"], 32) if _has_colours() else "%s"
+    lines = textwrap.wrap(row["seen"] + took, width - 18) or [""]
+    _print(colour % ("%-4s" % row["state"]) + "  %-10s  %s" % (row["step"], lines[0]))
+    for line in lines[1:] + (textwrap.wrap("try: " + row["try"], width - 18) if row["try"] else []):
+        _print(" " * 18 + line)
+
+
+class _Doctor:
+    """Looks at one thing after another, and knows what became impossible by what it saw before."""
+
+    def __init__(self, arguments: "Any") -> None:
+        import urllib.parse
+
+        self.rows: "List[Record]" = []
+        self._arguments = arguments
+        self._parts = urllib.parse.urlsplit(_url(arguments.server))
+        _check("appid", arguments.app_id)
+        self._headers = _http_headers(dict(map(_header, arguments.header)))
+        self._proxy: "Any" = None  # the parts of its address, where there is one
+        self._addresses: "List[Any]" = []
+        self._context: "Any" = _trusting(arguments.ca)
+        self._blocked = ""  # the step that makes those behind it impossible
+
+    def steps(self) -> "List[Tuple[str, Callable[[], _Finding]]]":
+        network = [self._resolve, self._connect, self._tls, self._clock, self._event]
+        steps = [("file", self._file), ("python", self._python), ("proxy", self._look_for_proxy)]
+        steps += [(look.__name__.strip("_"), functools.partial(self._unless_blocked, look)) for look in network]
+        seconds, given = self._arguments.request_timeout, self._arguments
+        for name, path, is_spool in ("log-path", given.log_path, False), ("spool-path", given.spool_path, True):
+            if path:
+                steps.append((name, functools.partial(_look_at_directory, path, is_spool, seconds)))
+        return steps
+
+    def run(self, step: str, look: "Callable[[], _Finding]") -> None:
+        """Note what *look* sees, if it ends in time."""
+        seen: "List[_Finding]" = []
+        start, seconds = _CLOCK.now(), self._arguments.request_timeout
+        thread = threading.Thread(target=lambda: seen.append(_finding(look)), daemon=True)
+        try:
+            thread.start()
+            thread.join(seconds + 1)  # most end by themselves before
+        except RuntimeError:
+            seen.append(_finding(look))
+        took = int((_CLOCK.now() - start) * 1000)
+        state, text, advice = seen[0] if seen else _Finding("FAIL", "it did not end in %g s" % seconds, None)
+        if state == "FAIL" and step not in ("file", "python") and not self._blocked:
+            self._blocked = step
+        ms = None if state == "SKIP" else took
+        self.rows.append({"step": step, "state": state, "seen": _printable(text), "try": advice, "ms": ms})
+
+    def _unless_blocked(self, look: "Callable[[], _Finding]") -> "_Finding":
+        return _Finding("SKIP", "not possible: %s failed" % self._blocked, None) if self._blocked else look()
+
+    def _file(self) -> "_Finding":
+        digest = _fingerprint()
+        text = "analysys %s, SHA-256 %s, %s" % (__version__, digest, globals().get("__file__", "in no file"))
+        return _Finding("WARN" if digest == "unknown" else "OK", text, None)
+
+    def _python(self) -> "_Finding":
+        import platform
+
+        try:
+            import ssl
+
+            version = ssl.OPENSSL_VERSION
+        except ImportError:
+            version = ""
+        parts = (("ssl", version), ("zlib", zlib), ("file locks", fcntl or msvcrt))
+        lacks = [name for name, there in parts if not there]
+        text = " ".join((platform.python_implementation(), platform.python_version(), "on", platform.platform()))
+        text += "; " + (version or "no ssl")
+        if not version and self._parts.scheme == "https":
+            self._blocked = "python"
+            return _Finding("FAIL", text, "https needs a Python with the ssl module")
+        return _Finding("WARN" if lacks else "OK", text + "; it lacks " * bool(lacks) + ", ".join(lacks), None)
+
+    def _look_for_proxy(self) -> "_Finding":
+        import urllib.parse
+        import urllib.request
+
+        host, scheme = str(self._parts.hostname), self._parts.scheme
+        found = urllib.request.getproxies().get(scheme)
+        if not found:
+            return _Finding("OK", "none for %s" % scheme, None)
+        found = found if "//" in found else "http://" + found
+        shown = re.sub(r"//.*@", "//", found)
+        if not self._transport("HEAD").proxy():
+            return _Finding("OK", "%s is set, but not for %s" % (shown, host), None)
+        try:
+            parts = urllib.parse.urlsplit(found)
+            is_http = parts.scheme == "http" and parts.hostname and parts.port != 0
+        except ValueError:
+            is_http = False
+        if not is_http:
+            return _Finding("FAIL", "%s is set, and is no http proxy" % shown, "unset it, or no_proxy=%s" % host)
+        self._proxy = parts
+        return _Finding("OK", "%s, through which everything goes" % shown, None)
+
+    def _target(self) -> "Tuple[str, int]":
+        parts = self._proxy or self._parts
+        return str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
+
+    def _resolve(self) -> "_Finding":
+        import socket
+
+        host, port = self._target()
+        try:
+            self._addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            return _Finding("FAIL", "%s: %s" % (host, error), _search_hint("gaierror"))
+        found = sorted({str(address[4][0]) for address in self._addresses})
+        return _Finding("OK", "%s%s is %s" % ("the proxy " * bool(self._proxy), host, ", ".join(found)), None)
+
+    def _connect(self) -> "_Finding":
+        import socket
+
+        dead, alive = [], []
+        for family, kind, protocol, _, address in self._addresses:
+            with socket.socket(family, kind, protocol) as sock:
+                sock.settimeout(self._arguments.request_timeout / len(self._addresses))
                 try:
-                    if _damage(text) is not None:
-                        raise AnalysysPythonSdkIllegalDataException("damaged")
-                    record = _decode(text)
-                    _check_record(record)
-                    counts = events.setdefault(record["xwhat"], [0, path, number])
-                except AnalysysPythonSdkIllegalDataException as error:
-                    counts = errors.setdefault(error.rule or "not a JSON object", [0, path, number])
-                counts[0] += 1
-        except Exception as error:  # gzip has many
-            errors.setdefault("cannot be read: %s" % error, [0, path, number + 1])[0] += 1
-    for kind, found in (("event", events), ("error", errors)):
-        for name, (count, path, number) in sorted(found.items(), key=lambda entry: -int(entry[1][0])):
-            _print("%8d  %s  %s  (first: %s:%d)" % (count, kind, name, path, number))
-    good, bad = (sum(counts[0] for counts in found.values()) for found in (events, errors))
-    _print("%d lines are good, %d are not" % (good, bad))
-    return _SOME_REJECTED if errors else _DONE
+                    sock.connect(address)
+                    alive.append(str(address[0]))
+                except OSError as error:
+                    dead.append("%s: %s" % (address[0], error))
+        text = "%sport %d: " % ("the proxy's " * bool(self._proxy), self._target()[1])
+        text += "; ".join([", ".join(alive) + " answers"] * bool(alive) + dead)
+        advice = "is the port right? is a firewall in between? is the server up?" if dead else None
+        return _Finding("OK" if not dead else "WARN" if alive else "FAIL", text, advice)
+
+    def _transport(self, method: str) -> "_Transport":
+        if self._parts.scheme == "https":  # once: to load all that is trusted takes long
+            self._context = self._context or _verified()
+        transport = _Transport(self._parts.geturl(), self._context, self._headers)
+        transport._request.method = method
+        return transport
+
+    def _tls(self) -> "_Finding":
+        if self._parts.scheme == "http":
+            return _Finding("SKIP", "plain http", None)
+        import ssl
+
+        transport = self._transport("HEAD")
+        transport._pool._ask = _shake_hands  # type: ignore[assignment, method-assign]
+        try:
+            found: "Any" = transport.post(b"", self._arguments.request_timeout)
+        except (OSError, ValueError) as error:
+            hint = _search_hint("%s: %s" % (type(error).__name__, error))
+            return _Finding("FAIL", str(error), hint or "is this an https address? does something between break TLS?")
+        version, shown = found
+        issuer = dict(pair for pairs in shown.get("issuer", ()) for pair in pairs)
+        names = ", ".join(name for _, name in shown.get("subjectAltName", ()))
+        left = ssl.cert_time_to_seconds(shown["notAfter"]) - time.time()
+        by = issuer.get("organizationName") or issuer.get("commonName")
+        text = "%s, by %s, for %s, until %s" % (version, by, names, shown["notAfter"])
+        if left < _CERTIFICATE_ENDS:
+            return _Finding("WARN", text, "have the certificate renewed: it ends in %d days" % (left // 86400))
+        return _Finding("OK", text, None)
+
+    def _clock(self) -> "_Finding":
+        import email.utils
+
+        transport, start = self._transport("HEAD"), time.time()
+        try:
+            date = transport.post(b"", self._arguments.request_timeout).headers.get("Date")
+        except Exception as error:
+            return _Finding("SKIP", "no answer to HEAD: %s" % (error or type(error).__name__), None)
+        finally:
+            transport.close()
+        if not date:
+            return _Finding("OK", "the server does not tell its time", None)
+        try:
+            off = email.utils.parsedate_to_datetime(date).timestamp() - (start + time.time()) / 2 + 0.5
+        except (ValueError, TypeError, IndexError):
+            return _Finding("OK", "the server's Date is none: %s" % date, None)
+        text = "the server's is %.0f s %s" % (abs(off), "ahead" if off > 0 else "behind")
+        advice = "set this machine's clock: events outside the platform's window are dropped"
+        return _Finding("WARN", text, advice) if abs(off) > _CLOCK_OFF else _Finding("OK", text, None)
+
+    def _event(self) -> "_Finding":
+        context = {"$lib": _LIB, "$lib_version": __version__, "$platform": _LIB, "$is_login": False, "$debug": 1}
+        record = {"appid": self._arguments.app_id, "xwho": "analysys-check", "xwhat": "analysys_check"}
+        record.update(xwhen=int(time.time() * 1000), xcontext=context)
+        _LOGGING.now = True  # in this thread: what debug mode logs is shown as this step
+        url, seconds = self._parts.geturl(), self._arguments.request_timeout
+        collecter = DefaultCollecter(url, seconds, ssl_context=self._context, headers=self._headers)
+        try:
+            collecter.uploadData(record)
+            return _Finding("OK", "the server took an event: %s" % _SUCCESS.reason, None)
+        except AnalysysPythonSdkIllegalDataException as error:
+            return _Finding("FAIL", str(error), "is the app id the one that the platform shows?")
+        except AnalysysPythonSdkException as error:
+            return _Finding("FAIL", str(error), "is %s the receiving address of the platform?" % url)
+        finally:
+            collecter.close(0)
+
+
+def _finding(look: "Callable[[], _Finding]") -> "_Finding":
+    try:
+        return look()
+    except Exception as error:
+        return _Finding("FAIL", "%s: %s" % (type(error).__name__, error), None)
+
+
+def _shake_hands(where: "Any", connection: "Any", request: "Any", deadline: float) -> "Tuple[str, Record]":
+    """Connect, which is all, and return the version of TLS and the certificate."""
+    connection.deadline, connection.stage = deadline, _CONNECTING
+    try:
+        connection.connect()
+        return connection.sock.version(), connection.sock.getpeercert()
+    finally:
+        connection.close()
+
+
+def _look_at_directory(path: str, is_spool: bool, seconds: float) -> "_Finding":
+    """Look at a directory of ours, and what is in it, without changing anything."""
+    path = os.path.abspath(path)
+    if not os.path.exists(path):
+        above = path
+        while not os.path.lexists(above):
+            above = os.path.dirname(above)
+        if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+            return _Finding("FAIL", "%s cannot be made in %s" % (path, above), "name another, or have it made")
+        return _Finding("WARN", "%s is not there: it will have to be made in %s" % (path, above), None)
+    if not os.path.isdir(path):
+        return _Finding("FAIL", "%s is no directory" % path, "name another")
+    findings = list(_directory_findings(path, is_spool))
+    if all(finding.state != "FAIL" for finding in findings):
+        findings += _content_findings(path, is_spool, _CLOCK.now() + seconds)
+    state = max((finding.state for finding in findings), key=_STATES.index)
+    advice = "; ".join(finding.advice for finding in findings if finding.advice)
+    return _Finding(state, "; ".join(finding.seen for finding in findings), advice or None)
+
+
+def _directory_findings(path: str, is_spool: bool) -> "Iterator[_Finding]":
+    import shutil
+
+    found, free = os.stat(path), shutil.disk_usage(path).free
+    own = getattr(os, "geteuid", lambda: found.st_uid)()
+    yield _Finding("OK", "%s, of user %d, mode %03o" % (path, found.st_uid, found.st_mode & 0o7777), None)
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        yield _Finding("FAIL", "this user (%d) may not write there" % own, "chown or chmod it, or name another")
+    if is_spool and found.st_uid not in (own, 0):
+        yield _Finding("FAIL", "it belongs to another user", "a spool is for one user: name another")
+    if is_spool and found.st_mode & 0o002:
+        yield _Finding("WARN", "everybody may write to it", "chmod o-w")
+    room = "FAIL" if free < _NO_ROOM else "WARN" if free < _LITTLE_ROOM else "OK"
+    yield _Finding(room, "{:,} MiB free".format(free >> 20), "make room" if room != "OK" else None)
+
+
+def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_Finding]":
+    own = getattr(os, "geteuid", int)()
+    for name in sorted(os.listdir(path)):
+        try:
+            found = os.lstat(os.path.join(path, name))
+        except FileNotFoundError:  # delivered or rotated meanwhile
+            continue
+        is_ours = re.match(r"rejected\.log|upload\.checkpoint", name) or is_spool and re.match(r"\d{13,}-\d+-", name)
+        is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (os.name != "posix" or found.st_uid == own)
+        if is_ours and not is_own:
+            yield _Finding("FAIL", "%s is a link, no file, or another user's" % name, "remove it, if nobody needs it")
+        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.path.isfile(os.path.join(path, name)):
+            yield _Finding("FAIL", "%s is not a regular file" % name, "remove it, if nobody needs it")
+        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.access(os.path.join(path, name), os.R_OK):
+            yield _Finding("FAIL", "this user (%d) may not read %s" % (own, name), "chown or chmod it")
+        elif re.match(r"rejected\.log", name) and found.st_size:
+            yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
+    if not is_spool and _is_locked(os.path.join(path, "upload.checkpoint.lock")):
+        yield _Finding("OK", "an upload is at work", None)
+    waits, files, since = _waiting(path, is_spool, deadline)
+    if files:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+        text = "{:,} lines wait in {:,} files, since {}".format(waits, files, when)
+        advice = "a program that spools there will deliver them" if is_spool else None
+        yield _Finding("WARN" if is_spool else "OK", text, advice)
+
+
+def _is_locked(path: str) -> bool:
+    """Tell whether another process holds a lock file; an instant later it is as it was."""
+    try:
+        fd = os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return False
+    try:
+        return not _lock_forever(fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _waiting(path: str, is_spool: bool, deadline: float) -> "Tuple[int, int, float]":
+    """Return how many lines wait in how many files, and since when; fewer where *deadline* comes first."""
+    waits, files, since = 0, 0, time.time()
+    checkpoint, there = _Checkpoint(None), os.path.join(path, "upload.checkpoint")
+    if not is_spool and os.path.exists(there):
+        with io.open(there, "rb") as notes:
+            checkpoint._load(notes.read())
+    for name in sorted(os.listdir(path)):
+        if not re.fullmatch(_SPOOL_FILE if is_spool else _LOG_FILE, name):
+            continue
+        file = os.path.join(path, name)
+        try:
+            with _open_text(file) as text:
+                if is_spool:
+                    text.go(_spool_position(file))
+                elif not any(text.fits(entry) for entry in checkpoint.known(name, text.head)):
+                    text.go(0)
+                blocks = iter(lambda: text.read(_CHUNK) if _CLOCK.now() < deadline else b"", b"")
+                lines = sum(block.count(b"\n") for block in blocks)
+            written = os.stat(file).st_mtime
+        except Exception:  # gone meanwhile, or damaged: who delivers it will say so
+            continue
+        if lines:
+            waits, files, since = waits + lines, files + 1, min(since, written)
+    return waits, files, since
+
+
+def _spool_position(file: str) -> int:
+    """Return up to which offset of a spool file all is delivered, as its owner's lock file tells who adopts it."""
+    try:
+        with io.open(file.rsplit(".", 2)[0] + ".lock", "rb") as lock:
+            kept = json.loads(lock.readline(_CHUNK).decode().strip() or "{}")
+        return int(kept.get(os.path.basename(file), [0])[0])
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return 0
+
+
+########################################################################################################################
+# Command line
+########################################################################################################################
+
+_COLUMNS = 80  # of the table of `demo`
+_DONE, _SOME_REJECTED, _NOT_DELIVERED, _WRONG_USAGE = 0, 1, 2, 64  # exit statuses: C8
+
+
+def main(argv: "Optional[List[str]]" = None) -> int:
+    """Run the command line with *argv* (None: that of the process) and return its exit status."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="analysys", description="Server-side events for Analysys Ark.")
+    parser.add_argument("--version", action="store_true", help="show the version, the file's SHA-256 and the Python")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    demo = commands.add_parser("demo", help="run the product document's scenario on this machine")
+    demo.set_defaults(run=_demo)
+    serve = commands.add_parser("serve", help="receive records, and show them on a page")
+    serve.set_defaults(run=_serve)
+    add = serve.add_argument
+    add("--host", default="127.0.0.1", metavar="HOST", help="address or name to listen on; 127.0.0.1")
+    add("--port", type=_port, default=4089, metavar="PORT", help="0 takes a free one; 4089")
+    add("--log-path", metavar="DIR", help="write what is accepted to datas_*.log in DIR")
+    add("--forward", metavar="URL", help="hand what is accepted on to the platform")
+    add("--spool-path", metavar="DIR", help="where what is to be forwarded waits")
+    add("--cors", action="append", default=[], metavar="ORIGIN", help="pages of ORIGIN may post")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="the page may be asked for by NAME")
+    add("--tls", nargs=2, metavar=("CERT", "KEY"), help="https, with this certificate and key in PEM")
+    check = commands.add_parser("check", help="say why nothing arrives")
+    check.set_defaults(run=_doctor)
+    add = check.add_argument
+    add("--server", metavar="URL", required=True, help="http(s)://host[:port][/path]")
+    add("--app-id", metavar="KEY", required=True, help="the platform's key of the project")
+    add("--log-path", metavar="DIR", help="look at a directory of LogCollecter, too")
+    add("--spool-path", metavar="DIR", help="look at a directory of BatchCollecter, too")
+    _add_http(add, "for each step; 10")
+    add("--json", action="store_true", help="print a list of what was seen, in JSON")
+    upload = commands.add_parser(
+        "upload",
+        help="deliver files of records",
+        description="Deliver files of records, each once, also over restarts. Where the server fails for %d s it gives "
+        "up, and the next run goes on from there; with --follow it goes on trying." % _GIVE_UP,
+    )
+    upload.set_defaults(run=_upload)
+    add = upload.add_argument
+    add("path", nargs="+", metavar="PATH", help="a directory of datas_*.log, a file, a .gz, or -")
+    add("--server", metavar="URL", default="", help="http(s)://host[:port][/path]")
+    add("--dry-run", action="store_true", help="send nothing: check every line, print events, properties, conflicts")
+    add("--json", action="store_true", help="print what --dry-run finds as JSON")
+    add("--follow", action="store_true", help="go on as files grow and rotate, until SIGTERM")
+    add("--delete", action="store_true", help="remove files that are wholly delivered and not in use")
+    add("--history", action="store_true", help="add $importFlag: 1 to records that lack it")
+    add("--checkpoint", metavar="FILE", help="where to note what is delivered; default: beside the files")
+    add("--batch", type=_converter("size", int), default=20000, metavar="N", help="records a request at most; 20000")
+    _add_http(add, "for a whole request; 10")
+    arguments, status = _parsed(parser, argv)
+    if arguments is None:
+        return status
+    if arguments.version:
+        _print("analysys %s, SHA-256 %s, Python %s" % (__version__, _fingerprint(), sys.version.split()[0]))
+        return _DONE
+    if arguments.command is None:
+        _print(parser.format_help().rstrip())
+        return _DONE
+    try:
+        for name in ("host", "log_path", "spool_path", "forward", "checkpoint", "ca"):
+            if getattr(arguments, name, None) == "":
+                raise _illegal("--" + name.replace("_", "-"), "", "must not be empty: is a variable not set?")
+        return int(arguments.run(arguments))
+    except AnalysysPythonSdkIllegalDataException as error:
+        _print_error("analysys", error)
+        return _WRONG_USAGE
+    except KeyboardInterrupt:
+        _print("analysys: %s was stopped" % arguments.command, sys.stderr)
+    except BaseException as error:  # whatever it is, it is one sentence
+        known = isinstance(error, (AnalysysPythonSdkException, OSError))
+        _print_error("analysys" if known else "analysys: %s" % type(error).__name__, error)
+    return _NOT_DELIVERED
+
+
+def _parsed(parser: "Any", argv: "Optional[List[str]]") -> "Tuple[Any, int]":
+    """Return the arguments, or None and the exit status where argparse has said all: the help, or what is wrong."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+    try:
+        return parser.parse_args(argv), _DONE
+    except SystemExit as stop:
+        status = _WRONG_USAGE if stop.code else _DONE
+        out, err = sys.stdout.getvalue(), sys.stderr.getvalue()
+    finally:
+        sys.stdout, sys.stderr = streams
+    _print((err.strip().splitlines() or [""])[-1] if status else out.rstrip(), sys.stderr if status else sys.stdout)
+    return None, status
+
+
+def _add_http(add: "Any", what: str) -> None:
+    """Add the options of whoever talks to the platform."""
+    seconds = _converter("seconds", float)
+    add("--request-timeout", type=seconds, default=_REQUEST_TIMEOUT, metavar="SECONDS", help=what)
+    add("--ca", metavar="FILE", help="certificates of a private CA, in PEM")
+    add("--header", action="append", default=[], metavar="'Name: value'", help="for every request")
+
+
+def _converter(rule: str, kind: "Any") -> "Any":
+    """Return what turns an option's text into a value that keeps to a rule of `_RULES`."""
+
+    def number(text: str) -> "Any":
+        return _RULES[rule].plain(kind(text))
+
+    return number
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError
+    return int(text)
+
+
+def _print(text: str, file: "Any" = None) -> None:
+    """Print *text*, also where not all of it can be shown, and where there is nobody left to read it."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    except (OSError, ValueError, AttributeError):  # closed or full: and exit, which flushes again, would fail
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is file and file is not None:
+                setattr(sys, name, io.open(os.devnull, "w"))
+
+
+def _print_error(what: str, error: BaseException, *_: "Any") -> None:
+    """Print *error* as one line on stderr."""
+    _print("%s: %s" % (what, _printable(str(error) or type(error).__name__)), sys.stderr)
+
+
+def _has_colours() -> bool:
+    isatty = getattr(sys.stdout, "isatty", bool)
+    return bool(isatty()) and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb" and os.name == "posix"
+
+
+def _fingerprint() -> str:
+    """Return the SHA-256 of this file: people copy it and want to know which one they have."""
+    import hashlib
+
+    try:
+        source = globals()["__loader__"].get_data(__file__)  # from a zip, too
+    except (NameError, KeyError, OSError, AttributeError):
+        return "unknown"
+    # What we were made of has another name where there is only bytecode, or where a program holds our text.
+    is_ours = _fingerprint.__code__.co_filename == __file__
+    return hashlib.sha256(source).hexdigest() if is_ours else "unknown"
 
 
 def _demo(arguments: "Any") -> int:
-    """Run the scenario through all three collecters and show what arrived."""
+    """Run the scenario through all collecters and show what arrived."""
     import tempfile
 
     os.environ["no_proxy"] = "*"  # the receiver is on this machine
-    sent = received = 0
-    with tempfile.TemporaryDirectory() as directory, Receiver() as server:
-        for name, collecter in (
-            ("DefaultCollecter", DefaultCollecter(server.url)),
-            ("BatchCollecter", BatchCollecter(server.url)),
-            ("LogCollecter", LogCollecter(directory)),
+    rows, done, sent, received, server = [], [], 0, 0, _DemoReceiver()
+    with tempfile.TemporaryDirectory() as directory, server:
+        for name, make in (
+            ("DefaultCollecter", DefaultCollecter),
+            ("BatchCollecter", BatchCollecter),
+            ("LogCollecter", lambda url: LogCollecter(directory)),
         ):
-            before = len(server.records)
-            with AnalysysPythonSdk(collecter) as tracker:
+            server.clear()
+            start = time.perf_counter()
+            with AnalysysPythonSdk(make(server.url + server.path)) as tracker:
                 _scenario(tracker)
-            arrived = server.records[before:]
+            took = (time.perf_counter() - start) * 1000
+            arrived = list(server.records)
             for file in sorted(os.listdir(directory)):
                 with io.open(os.path.join(directory, file), encoding="utf-8") as lines:
                     arrived += [json.loads(line) for line in lines]
-            _print("%s: %d sent, %d received" % (name, collecter.stats()["accepted"], len(arrived)))
-            _print_table(arrived)
-            sent, received = sent + collecter.stats()["accepted"], received + len(arrived)
-    _print("%d sent, %d received" % (sent, received))
+            rows += [_demo_row(name, record) for record in arrived]
+            done.append((name, tracker._collecter.stats()["accepted"], len(arrived), took))
+    _print_table([("via", "time", "who", "what", "platform", "login", "properties")] + rows)
+    for name, number, there, took in done:
+        sent, received = sent + number, received + there
+        tick = _showable("✓", "ok") if number == there else _showable("✗", "NO")
+        _print("%s %-16s  %d sent, %d received, %.1f ms" % (tick, name, number, there, took))
+    _print("next: python3 analysys.py serve, and see yours at http://127.0.0.1:4089")
     return _DONE if received == sent > 0 else _NOT_DELIVERED
+
+
+class _DemoReceiver(Receiver):
+    """Takes only what is posted to a path that nobody else knows, so that strangers do not disturb the demo."""
+
+    def __init__(self) -> None:
+        self.path = "/%s" % binascii.hexlify(os.urandom(8)).decode()
+        super().__init__()
+
+    def _admit(self, request: "_Request") -> None:
+        if request.path != self.path + "/up":
+            raise _Trouble(404, "this receiver is the demo's")
 
 
 def _scenario(tracker: AnalysysPythonSdk) -> None:
@@ -3676,27 +8275,43 @@ def _scenario(tracker: AnalysysPythonSdk) -> None:
     tracker.track(user, "payment", {"pay_usage": "Wechat"}, platform, is_login=True)
 
 
-def _print_table(records: "List[Record]") -> None:
-    """Print one line a record: when, who, what, platform, login, properties."""
-    rows = [("time", "who", "what", "platform", "login", "properties")]
-    for record in records:
-        context = record["xcontext"]
-        own = {name: value for name, value in context.items() if name not in _CONTEXT_RULES or name == "$original_id"}
-        when = time.strftime("%H:%M:%S", time.localtime(record["xwhen"] / 1000))
-        login = "yes" if context["$is_login"] else "no"
-        rows.append((when, record["xwho"], record["xwhat"], context["$platform"], login, _encode(own)))
-    widths = [max(_width(row[column]) for row in rows) for column in range(5)]
+def _demo_row(name: str, record: "Record") -> "Tuple[str, ...]":
+    """Return what the table shows of a record: by whom, when, who, what, platform, login, properties."""
+    context = record["xcontext"]
+    own = {key: value for key, value in context.items() if key not in _CONTEXT_RULES or key == "$original_id"}
+    when = time.strftime("%H:%M:%S", time.localtime(record["xwhen"] / 1000))
+    login = "yes" if context["$is_login"] else "no"
+    properties = ", ".join("%s: %s" % (key, _plain(value)) for key, value in own.items())
+    return name[:-9], when, record["xwho"], record["xwhat"], context["$platform"], login, properties
+
+
+def _print_table(rows: "List[Tuple[str, ...]]") -> None:
+    """Print *rows* in as many columns as a terminal of the usual width has."""
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    widths.append(_COLUMNS - sum(widths) - 2 * len(widths))
     for row in rows:
-        cells = [cell + " " * (width - _width(cell)) for cell, width in zip(row, widths)]
-        _print("  " + "  ".join(cells + [row[5]]))
+        _print("  ".join(_fit(cell, width) for cell, width in zip(row, widths)).rstrip())
     _print("")
+
+
+def _showable(text: str, instead: str) -> str:
+    """Return *text*, or *instead* where the output cannot show it."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        return text
+    except UnicodeError:
+        return instead
 
 
 def _width(text: str) -> int:
     """Return how many columns a terminal takes to show *text*."""
+    return sum(_columns(text))
+
+
+def _columns(text: str) -> "List[int]":
     import unicodedata
 
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    return [2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def read(name):
 setup(
     name="analysys",
     version=re.search(r'^__version__ = "(.+)"$', read("analysys.py"), re.MULTILINE).group(1),
-    description="Server-side events for Analysys Ark (易观方舟): one file, no dependency",
+    description="Server-side events for Analysys Ark (易观方舟), an independent implementation: one file, no dependency",
     long_description=read("README.md"),
     long_description_content_type="text/markdown",
     license="MIT",

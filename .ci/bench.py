@@ -303,6 +303,23 @@ def end_to_end():
     ]
 
 
+def distance():
+    given = events(60000)
+
+    def rate(path):
+        how = {"queue_cache_max_size": 1000, "collecter_max_size": 1000, "queue_max_size": 10000}
+        with make_tracker(analysys.BatchCollecter("http://%s%s" % (known.host, path), **how)) as tracker:
+            arrived()
+            with Spent(len(given)) as spent:
+                calls(tracker, given)
+                tracker.flush(60)
+        assert arrived() == len(given), "events are lost"
+        return [spent.rate]
+
+    measured = in_turn(3, lambda: rate(""), lambda: rate("/after/50"))[0]
+    return [result("BatchCollecter, 1,000 a request, 50 ms away / here", "events/s", ">= 0.3", *measured)]
+
+
 def default_collecter(scheme="http", host=None, number=1000, context=None):
     given = events(number)
 
@@ -351,12 +368,12 @@ def spool():
 
 
 def upload():
-    def row():
-        with directory() as path:
-            write_logs(path)
+    def rate(path):
+        with directory() as folder:
+            write_logs(folder)
             arrived()
             with Spent(known.records) as spent:
-                run = [sys.executable, MODULE, "upload", path, "--server", "http://" + known.host]
+                run = [sys.executable, MODULE, "upload", folder, "--server", "http://%s%s" % (known.host, path)]
                 done = subprocess.run(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         if done.returncode:
             raise RuntimeError((done.stderr.decode().strip() or "no message").splitlines()[-1])
@@ -364,12 +381,14 @@ def upload():
         return [spent.rate]
 
     # Few events: the size of this process when it starts a child counts as the child's.
-    rate = in_turn(1, posting(events(500) * 60, 100), row)[0]
+    here = in_turn(1, posting(events(500) * 60, 100), lambda: rate(""))[0]
+    far = rate("/after/50")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1024)
     title = "upload of {:,} records".format(known.records)
     return [
-        result(title + " / serial", "events/s", ">= 0.7", *rate),
-        result(title + ", peak memory", "MB", "<= 50 MB", peak),
+        result(title + " / serial", "events/s", ">= 0.95", *here),
+        result(title + ", 50 ms away / here", "events/s", ">= 0.4", far[0], here[0]),
+        result(title + ", peak memory", "MB", "<= 64 MB", peak),
     ]
 
 
@@ -485,7 +504,7 @@ def queue_curve():
     return [curve("records queued, CPU a call", ["10", "100,000"], costs, said, many <= few * NOISE)]
 
 
-ROWS = [caller, default_queue, end_to_end, default_collecter, default_collecter_tls, log_collecter, spool, upload]
+ROWS = [caller, default_queue, end_to_end, distance, default_collecter, default_collecter_tls, log_collecter, spool, upload]
 ROWS += [importing, queued_memory, properties_curve, threads_curve, queue_curve]
 
 
@@ -521,7 +540,7 @@ def listen(bodies, wrap):
 
 
 def serve(connection, wrap, bodies):
-    """Answer the requests of one connection; those to /silent never."""
+    """Answer the requests of one connection; those to /silent never, those to /after/50 after 50 ms."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with contextlib.suppress(OSError), wrap(connection) as connection, connection.makefile("rb", 1 << 18) as stream:
         for request in stream:
@@ -535,6 +554,8 @@ def serve(connection, wrap, bodies):
                 continue
             else:
                 bodies.append(body)
+            if b" /after/" in request:
+                time.sleep(int(request.split(b"/")[2]) / 1000)
             text = json.dumps(answer).encode()
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text))
 
