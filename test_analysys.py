@@ -161,6 +161,12 @@ def ended(started):
     return Ended(started.returncode, out.decode(), err.decode())
 
 
+def ended_well(started):
+    done = ended(started)
+    assert done.status == 0 and "Traceback" not in done.err, done.err
+    return done
+
+
 def python(*arguments, cwd=None, **env):
     """Run this Python to its end."""
     with launch(*arguments, cwd=cwd and str(cwd), env=env) as started:
@@ -781,9 +787,7 @@ def process(script, url=URL, folder=os.curdir, before="", **options):
 def run(script, *where, **options):
     """Run *script* like `process` to its end, which must be a good one."""
     with process(script, *where, **options) as started:
-        done = ended(started)
-    assert done.status == 0 and "Traceback" not in done.err, done.err
-    return done
+        return ended_well(started)
 
 
 # ---------------------------------------------------------------------------
@@ -5233,7 +5237,10 @@ def test_no_record_is_lost_however_a_process_ends_or_drops_its_collecter(case, f
 
 @pytest.fixture(scope="module", autouse=True)
 def exits(request):
-    """Two processes that exit while their server is dead: ten seconds each, so they run beside all the other tests."""
+    """Two processes that exit while their server is dead: ten seconds each, so they run beside all the other tests.
+
+    No thread of ours looks after them: other tests patch what it would call.
+    """
     if not any(item.name.startswith("test_exit_with") for item in request.session.items):
         yield
         return
@@ -5241,34 +5248,33 @@ def exits(request):
         import atexit, time
         atexit.register(lambda: print(time.monotonic() - began, flush=True))        # how long exit took, as the last thing
     """
-    with FaultyServer(listening=False) as refusing, FaultyServer(then=silent) as mute:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            yield pool.submit(run, """
-                logging.basicConfig(format="%(levelname)s %(message)s")
-                tracker = tracker_to(BatchCollecter(url, queue_cache_max_size=2))
-                for number in range(7):
-                    tracker.track("user", "e%d" % number)
-                began = time.monotonic()
-            """, refusing.url, before=last), pool.submit(run, """
-                def report(error, records):
-                    print(" ".join([type(error).__name__] + [record["xwhat"] for record in records]), flush=True)
-                trackers = [tracker_to(BatchCollecter(url, on_error=report, collecter_max_size=2)) for _ in range(2)]
-                for number in range(5):
-                    trackers[0].track("user", "a%d" % number)
-                    trackers[1].track("user", "b%d" % number)
-                began = time.monotonic()
-            """, mute.url, before=last)
+    with FaultyServer(listening=False) as refusing, FaultyServer(then=silent) as mute, process("""
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        tracker = tracker_to(BatchCollecter(url, queue_cache_max_size=2))
+        for number in range(7):
+            tracker.track("user", "e%d" % number)
+        began = time.monotonic()
+    """, refusing.url, before=last) as refused, process("""
+        def report(error, records):
+            print(" ".join([type(error).__name__] + [record["xwhat"] for record in records]), flush=True)
+        trackers = [tracker_to(BatchCollecter(url, on_error=report, collecter_max_size=2)) for _ in range(2)]
+        for number in range(5):
+            trackers[0].track("user", "a%d" % number)
+            trackers[1].track("user", "b%d" % number)
+        began = time.monotonic()
+    """, mute.url, before=last) as unheard:
+        yield refused, unheard
 
 
 def test_exit_with_a_dead_server_ends_within_ten_seconds_with_one_error_line_that_counts(exits):
-    done = exits[0].result()
+    done = ended_well(exits[0])
     errors = [line for line in done.err.splitlines() if line.startswith("ERROR")]
     assert len(errors) == 1 and re.search(r"\b7\b", errors[0]), done
     assert float(done.out) < 17
 
 
 def test_exit_with_a_silent_server_and_two_collecters_hands_all_to_on_error_within_ten_seconds(exits):
-    done = exits[1].result()
+    done = ended_well(exits[1])
     *reports, (seconds,) = [line.split() for line in done.out.splitlines()]
     assert float(seconds) < 17
     assert {words[0] for words in reports} == {"AnalysysPythonSdkNetworkException"}
