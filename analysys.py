@@ -835,7 +835,7 @@ def _number(value: "Any") -> "Union[int, float]":
 
 
 def _items(value: "Any") -> "List[str]":
-    plain = list.__getitem__(value, slice(None)) if isinstance(value, list) else [*tuple.__iter__(value)]
+    plain = list.copy(value) if isinstance(value, list) else [*tuple.__iter__(value)]
     if len(plain) > _MAX_ITEMS:
         raise ValueError
     for item in plain:
@@ -2022,20 +2022,22 @@ class _Ledger:
     """Counts that balance at any moment, accepted (+ adopted) = delivered + rejected + pending, and what is to be told.
 
     A __del__ or a signal handler that tracks may run anywhere, also inside these methods: a change is appended whole,
-    in one step, and who reads adds up what is there.
+    in one step, and who reads adds up what is there. What a queue in memory has not yet handed out, it counts itself
+    (*waiting*): a record is accepted by the one step that puts it there.
     """
 
-    def __init__(self, *more: str) -> None:
+    def __init__(self, *more: str, waiting: "Callable[[], int]" = int) -> None:
         # Guards what a queue moves between its parts. Never held while anything waits or sends. Re-entrant, for a
         # __del__ or a signal handler that closes what it interrupts.
         self.lock = threading.RLock()
         self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; who sends tells and pops
         names = ("accepted", "delivered", "rejected", "pending", "requests", "retries") + more
-        self._changes: "List[Any]" = [dict.fromkeys(names, 0)]  # the first is the sum of all before
+        self._changes: "List[Dict[str, int]]" = [dict.fromkeys(names, 0)]  # the first is the sum of all before
+        self._waiting = waiting
         self._shortening = threading.Lock()  # held by who shortens _changes; nobody waits for it
 
-    def add(self, change: "Union[Dict[str, int], float]") -> None:
-        """Add *change*, which nobody changes afterwards; a float, the moment when it came, is a record accepted."""
+    def add(self, change: "Dict[str, int]") -> None:
+        """Add *change*, which nobody changes afterwards."""
         self._changes.append(change)
         if len(self._changes) > 256 and self._shortening.acquire(False):
             try:  # who reads sees the list before or after this one step, with the same sum; others append behind
@@ -2044,11 +2046,6 @@ class _Ledger:
             finally:
                 self._shortening.release()
 
-    def withdraw(self, came: float) -> None:
-        """Undo add() of this very object, if it was added: an exception out of a signal handler may come before it."""
-        if any(change is came for change in self._changes[:]):
-            self.add({"accepted": -1, "pending": -1})
-
     def settle(self, number: int, error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         """Count *number* records as delivered, or as rejected with *error*."""
         if error is not None:
@@ -2056,21 +2053,29 @@ class _Ledger:
         self.add(_outcome(number, "rejected" if error else "delivered"))
 
     def stats(self) -> "Dict[str, int]":
-        return _sum(self._changes[:])
+        while True:
+            changes = self._changes[:]
+            with self.lock:  # so that nothing is on its way; and nothing is made here, lest a __del__ comes that waits
+                waiting = self._waiting()
+                if changes[-1] is self._changes[-1] and len(changes) == len(self._changes):
+                    break
+        counts = _sum(changes)
+        counts["accepted"] += waiting
+        counts["pending"] += waiting
+        return counts
 
 
-_ACCEPTED = 0.0
+_ACCEPTED = {"accepted": 1, "pending": 1}
 
 
 def _outcome(number: int, outcome: str) -> "Dict[str, int]":
     return {"pending": -number, outcome: number}
 
 
-def _sum(changes: "List[Any]") -> "Dict[str, int]":
-    counts: "Dict[str, int]" = changes[0].copy()
-    accepted = 0
+def _sum(changes: "List[Dict[str, int]]") -> "Dict[str, int]":
+    counts, accepted = changes[0].copy(), 0
     for change in changes[1:]:
-        if type(change) is float:  # most are
+        if change is _ACCEPTED:  # most are
             accepted += 1
             continue
         for name, number in change.items():
@@ -2091,12 +2096,12 @@ class _MemoryQueue:
     is_durable = False
 
     def __init__(self, max_size: int, due_size: int, interval: float) -> None:
-        self.ledger = _Ledger()
         self._max_size = max_size
         self._due_size = due_size
         self._interval = interval  # seconds
         self._slots: "List[None]" = [None] * max_size  # the free ones
         self._waiting: "Deque[Tuple[bytes, float]]" = collections.deque()  # (line, when it came)
+        self.ledger = _Ledger(waiting=self._waiting.__len__)
         # By number, counted in the order in which they came. Ordered, since settled is what came before the first.
         self._inflight: "collections.OrderedDict[int, bytes]" = collections.OrderedDict()
         self._taken = 0  # the number of the last one taken
@@ -2104,23 +2109,19 @@ class _MemoryQueue:
 
     def put(self, line: bytes) -> int:
         # A handler may raise between any two of these steps. What tells how far it came is the queue itself: where the
-        # entry is in it, the record is accepted; where it is not, slots and ledger are as they were. `came` and `entry`
-        # are found again by identity, so that no other record of the same moment or text is taken for this one.
-        came, claimed = _CLOCK.now(), 0
-        entry = (line, came)
+        # entry is in it, found by identity, the record is accepted; where it is not, the slots are as they were.
+        entry, claimed = (line, _CLOCK.now()), 0
         try:
             # One step as far as can be: a slot that is taken and not noted as claimed is lost.
             claimed = self._slots.pop() is None if len(line) <= _SLOT else self._claim(self._size(line))
             if not claimed:
                 return 0
-            self.ledger.add(came)  # first: nobody must see it settled and not accepted
             self._waiting.append(entry)
         except IndexError:  # no slot is free
             return 0
         except BaseException:  # out of a signal handler: undo what was done, but for what is in the queue
             if not any(other is entry for other in _steady(lambda: list(self._waiting))):
                 self._slots.extend([None] * claimed)
-                self.ledger.withdraw(came)
             raise
         number = len(self._waiting) or 1  # the sender may have been quicker
         return number if self._slots else max(number, self._due_size)
@@ -2131,31 +2132,31 @@ class _MemoryQueue:
                 if entry[0] is line:
                     self._waiting.remove(entry)
                     self._slots.extend([None] * self._size(line))
-                    self.ledger.add({"accepted": -1, "pending": -1})
                     return True
         return False
 
     def take(self, most: int) -> "List[Item]":
-        items: "List[Item]" = []
-        waiting, inflight = self._waiting, self._inflight
         with self.ledger.lock:
-            number = self._taken
-            while len(items) < most and waiting and not self._closed:
-                number, line = number + 1, waiting[0][0]
-                items.append((line, number))
-                inflight[number] = line  # first: what is settled may be told too low, never too high
-                self._taken = number
-                waiting.popleft()
-        return items
+            number = 0 if self._closed else min(most, len(self._waiting))
+            lines = [line for line, _ in _steady(lambda: list(itertools.islice(self._waiting, number)))]
+            numbers = range(self._taken + 1, self._taken + number + 1)
+            self._inflight.update(zip(numbers, lines))  # first: what is settled may be told too low, never too high
+            self._taken += number
+            self.ledger.add({"accepted": number, "pending": number})
+            # In one step, into which no signal handler comes: what were left here would be taken once more.
+            collections.deque(itertools.starmap(self._waiting.popleft, itertools.repeat((), number)), 0)
+        return list(zip(lines, numbers))
 
     def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         with self.ledger.lock:
             if self._closed:  # what is in flight was counted and given back
                 return
             self.ledger.settle(len(items), error)
-            for _, number in items:
+            freed = 0
+            for line, number in items:
                 self._inflight.pop(number, None)
-            self._slots.extend([None] * sum(1 if len(line) <= _SLOT else self._size(line) for line, _ in items))
+                freed += 1 if len(line) <= _SLOT else self._size(line)
+            self._slots.extend([None] * freed)
 
     def due_at(self) -> float:
         number = len(self._waiting)
@@ -2168,8 +2169,8 @@ class _MemoryQueue:
 
     def mark(self) -> "Tuple[int, int]":
         # No lock, since a signal handler may have interrupted who holds it. Read in this order, what is settled may be
-        # told too late and what was accepted one too high for a moment, never the other way round: take() notes a line
-        # in flight before it counts it as taken, and counts it before it leaves the others; settle() only removes.
+        # told too late and what was accepted too high for a moment, never the other way round: take() notes lines in
+        # flight before it counts them as taken, and counts them before they leave the others; settle() only removes.
         taken = self._taken
         try:
             settled = next(iter(self._inflight), taken + 1) - 1
@@ -2183,13 +2184,13 @@ class _MemoryQueue:
             if self._closed:
                 return []
             self._closed = True  # and _inflight stays: it is not settled
-            left = list(self._inflight.values())
+            taken, left = len(self._inflight), list(self._inflight.values())
             try:
                 while True:  # what comes after the last one, its put() takes back
                     left.append(self._waiting.popleft()[0])
             except IndexError:
                 pass
-            self.ledger.add(_outcome(len(left), "rejected"))
+            self.ledger.add({"accepted": len(left) - taken, "pending": -taken, "rejected": len(left)})
         return left
 
     def disown(self) -> None:
