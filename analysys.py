@@ -189,6 +189,7 @@ _SOURCE_COST = 8192  # bytes of lines that can be read in the time that another 
 _MOST_ADOPTED = 50  # processes whose files are adopted at once: each takes a descriptor
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _NOTICE_EVERY = 1.0  # seconds between two looks at whether our own spool files are there: C6
+_TOGETHER = 64  # lines that are decoded at once
 _BARREN = 64  # chunks without any line that are read before somebody may look at signals
 _SHOWN = 4096  # bytes of a damaged line in rejected.log: C6
 _ROLL_SIZE = 16 * 1024 * 1024  # bytes of a spool file: C6
@@ -1222,9 +1223,9 @@ def _decode(text: bytes) -> "Any":
     return _decoder.decode(text.decode("utf-8"))
 
 
-def _array(lines: "List[bytes]") -> bytes:
+def _array(lines: "List[bytes]", comma: bytes = b",") -> bytes:
     """Return the records in *lines* as a JSON array."""
-    return b"[" + b",".join(lines) + b"]"
+    return b"[" + comma.join(lines) + b"]"
 
 
 def _records(lines: "List[bytes]") -> "List[Any]":
@@ -1248,6 +1249,28 @@ def _damage(line: bytes, length: int = 0) -> "Optional[str]":
         return None if isinstance(_decode(line), dict) else "not a JSON object"
     except (ValueError, RecursionError) as error:
         return "not JSON: %s" % error
+
+
+def _damages(lines: "List[Any]") -> "List[Optional[str]]":
+    """Do for each of *lines*, which are `_Line`s, what `_damage` does, in less time where all are sound.
+
+    They are decoded as one array, a mark that no file can know between each two of them: where it holds an object, the
+    mark, an object and so on, no line can have ended in another one.
+    """
+    texts = [line.text for line in lines]
+    if sum(line.length for line in lines) == sum(map(len, texts)) <= _MAX_STRUCTURE:  # else some were cut, or are long
+        try:
+            found = _decode(_array(texts, b',"%s",' % _mark().encode()))
+            if found[1::2] == [_mark()] * (len(lines) - 1) and {dict}.issuperset(map(type, found[::2])):
+                return [None] * len(lines)
+        except (ValueError, RecursionError):
+            pass
+    return [_damage(line.text, line.length) for line in lines]
+
+
+@functools.lru_cache(None)  # one a process
+def _mark() -> str:
+    return binascii.hexlify(os.urandom(8)).decode()
 
 
 def _pack(text: bytes) -> bytes:
@@ -2642,21 +2665,23 @@ class _Source:
         """Tell whether the last line, which has no newline, is all that there will be of it."""
         return True
 
-    def next(self, room: float, taken: "Optional[List[Any]]" = None) -> "Optional[_Line]":
-        """Move one more line in flight, append it to *taken* and return it.
+    def take(self, taken: "List[Any]", most: int, room: float) -> None:
+        """Move lines in flight and append them to *taken*, until that has *most* or the next one is not to be had.
 
-        None: it has more than *room* bytes, or it was not found in a while, or the file is at its end (`is_read`).
+        It has more than *room* bytes, and is not the first of all; or it was not found in a while, or the file is at
+        its end (`is_read`).
         """
-        reader = self._look()
-        if reader is None or len(reader.found[0]) > room:
-            return None
-        text, number, start, end, length = reader.found
-        line = _Line(text, self.name, number, start, end, length, self)
-        if taken is not None:
+        reader = self._look() if len(taken) < most else None
+        while reader is not None:
+            text, number, start, end, length = reader.found
+            if len(text) > room and taken:
+                return
+            line = _Line(text, self.name, number, start, end, length, self)
             taken.append(line)  # first, lest an exception comes when it is in flight and nobody has it
-        self.flight[start] = line
-        self.ranges[0], reader.found = (end, number, self.ranges[0][2]), None
-        return line
+            self.flight[start] = line
+            self.ranges[0], reader.found = (end, number, self.ranges[0][2]), None
+            room -= len(text)
+            reader = self._look() if len(taken) < most else None
 
     def put_back(self, line: "_Line") -> None:
         """Have *line*, the last one taken, come again."""
@@ -2690,21 +2715,19 @@ class _Source:
         if reader is None:
             reader = _Reader(self.open, self.can_reopen, self.ranges[0])
         if reader.found is None:
-            reader.found = next(filter(None, itertools.islice(reader.lines, _BARREN)), None)
-        self.is_read = reader.found is None and reader.is_at_end
-        if self.is_read and len(self.ranges) > 1:
-            del self.ranges[0]
-            return self._look()
-        if self.is_read:
-            self.ranges[0] = (reader.offset, reader.number, float("inf"))
-        elif reader.found is not None and not self._is_whole(reader.found[0]):
-            self.is_read = True
+            lines = reader.lines
+            reader.found = next(lines, None) or next(filter(None, itertools.islice(lines, _BARREN)), None)
+        found, self.is_read = reader.found, False
+        if found is None and reader.is_at_end:
+            if len(self.ranges) > 1:
+                del self.ranges[0]
+                return self._look()
+            self.is_read, self.ranges[0] = True, (reader.offset, reader.number, float("inf"))
+        elif found is not None and found[0][-1] not in b"\r\n" and len(self.ranges) == 1:
+            self.is_read = not self.is_final(found[0])
         if not self.is_read:
             self._reader = reader
-        return None if self.is_read or reader.found is None else reader
-
-    def _is_whole(self, text: bytes) -> bool:
-        return bool(text[-1:] in (b"\n", b"\r") or len(self.ranges) > 1 or self.is_final(text))
+        return None if self.is_read or found is None else reader
 
 
 class _LineQueue:
@@ -2782,26 +2805,27 @@ class _LineQueue:
     def _take(self, most: int, taken: "List[Any]") -> "List[Tuple[_Line, str]]":
         """Move lines in flight, append them to *taken* and return the damaged ones, each with the reason."""
         damaged: "List[Tuple[_Line, str]]" = []
-        room, source = float(_MAX_TAKEN), self._source()
+        room, source, problem = float(_MAX_TAKEN), self._source(), None
         while source is not None and len(taken) < most and room > 0:
+            known = len(taken)
             try:
-                line = source.next(room if taken else float("inf"), taken)
+                source.take(taken, min(most, known + _TOGETHER), room)
             except Exception as error:  # gzip has many
-                self._unreadable(source, error)
-                room -= _SOURCE_COST
-                source = self._source()
+                problem = error
+            lines = taken[known:]
+            room -= sum(len(line.text) for line in lines)
+            for line, what in zip(lines, _damages(lines)):
+                if what is not None:
+                    damaged.append((line, "line %d of %s is %s" % (line.number, _printable(line.file), what)))
+                    room -= 32 * min(len(line.text), _SHOWN) + _SOURCE_COST  # telling costs time and memory
+            if problem is not None:
+                self._unreadable(source, problem)
+            elif lines:
                 continue
-            if line is None:
-                if not source.is_read:
-                    break
-                room -= _SOURCE_COST
-                source = self._source()
-                continue
-            room -= len(line.text)
-            what = _damage(line.text, line.length)
-            if what is not None:
-                damaged.append((line, "line %d of %s is %s" % (line.number, _printable(line.file), what)))
-                room -= 32 * min(len(line.text), _SHOWN) + _SOURCE_COST  # telling costs time and memory
+            elif not source.is_read:
+                break
+            problem, room = None, room - _SOURCE_COST
+            source = self._source()
         return damaged
 
     def _settle(self, lines: "List[Any]") -> None:
@@ -7195,11 +7219,12 @@ class _Shipment(_LineQueue):
         try:
             log = self._source()
             while log is not None and not log.text.is_paused:
-                line = log.next(float("inf"))
-                if line is not None:
-                    left += 1
+                lines: "List[Any]" = []
+                log.take(lines, _TOGETHER, _MAX_TAKEN)
+                left += len(lines)
+                for line in lines:
                     del log.flight[line.start]
-                elif log.is_read:
+                if not lines and log.is_read:
                     log = self._source()
             return left, True
         except _Stopped:
@@ -7567,8 +7592,9 @@ class _Checker:
     def check_all(self, log: "_Log") -> None:
         """Check the lines of a file."""
         while not log.is_read or log.text.is_paused:
-            line = log.next(float("inf"))
-            if line is not None:
+            lines: "List[Any]" = []
+            log.take(lines, _TOGETHER, _MAX_TAKEN)
+            for line in lines:
                 del log.flight[line.start]
                 self.check(log.text.path, line)
 
