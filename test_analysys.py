@@ -2921,6 +2921,14 @@ def test_marks_nuls_and_every_kind_of_line_end_are_no_damage(tmp_path, monkeypat
     assert [(item.text.strip(), item.number) for item in again] == [(b'{"a":1}', 1), (b'{"c":1}', 7)]
 
 
+@pytest.mark.parametrize("damaged", [
+    b'{"b":[1\n2]},{"c":1}\n', b'{"b":[1\n2]}\n{"c":1},{"d":1}\n', b'{"b":[1\n2]},"mark",{"c":1}\n', b"null\n1\n"])
+def test_lines_are_damaged_each_for_itself_also_where_one_begins_what_another_one_ends(tmp_path, damaged):
+    queue = Queue(tmp_path, Lines(b'{"a":1}\n' + damaged + b'{"z":1}'))
+    assert [item.text for item in queue.all()] == [b'{"a":1}\n', b'{"z":1}']
+    assert [entry["record"].encode() for entry in rejected_in(tmp_path)] == damaged.splitlines(True)
+
+
 def test_a_batch_of_lines_has_at_most_4_mib_of_text_but_at_least_one_line(tmp_path):
     large = b'{"a":"' + b"x" * (3 << 20) + b'"}\n'
     queue = Queue(tmp_path, Lines(large * 5 + b'{"a":"' + b"x" * (9 << 20) + b'"}\n' + large))
