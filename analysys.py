@@ -80,7 +80,6 @@ Command line
 
 import binascii
 import collections
-import copy
 import errno
 import functools
 import io
@@ -1519,12 +1518,13 @@ class _Transport:
 
         _ready_resolver()
         self._url = url
-        self._request = urllib.request.Request(url, headers=headers, method="POST")  # copied for each
+        self._headers = headers
+        self._where = urllib.request.Request(url)
         self._pool = _Connections(ssl_context if ssl_context or url.startswith("http:") else _verified())
         handler = urllib.request.BaseHandler()
         for scheme in ("http", "https"):
             setattr(handler, scheme + "_open", self._pool.open)
-        self._proxies = {} if _is_loopback(self._request.host) else urllib.request.getproxies()
+        self._proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.ProxyHandler(self._proxies))
         self._opener.add_handler(handler)
@@ -1539,12 +1539,12 @@ class _Transport:
             return verdict
         return verdict._replace(reason="%s: %s" % (self.where(), verdict.reason))
 
-    def post(self, body: bytes, timeout: float) -> "_Answer":
+    def post(self, body: bytes, timeout: float, method: str = "POST") -> "_Answer":
         """Return the answer to *body*, whatever it says; raise OSError or HTTPException where there is none."""
         import http.client
+        import urllib.request
 
-        request = copy.copy(self._request)  # an opener may change the one it is given
-        request.headers, request.data = dict(request.headers), body
+        request = urllib.request.Request(self._url, body, self._headers, method=method)
         try:
             answer: "Optional[_Answer]" = self._opener.open(request, timeout=timeout)
         except (ValueError, http.client.InvalidURL) as error:
@@ -1553,7 +1553,7 @@ class _Transport:
                 raise
             answer = None
         if answer is None:  # said without the address itself: where it is not understood, credentials are not either
-            raise OSError("what the environment has as proxy for %s is no http://host:port" % self._request.type)
+            raise OSError("what the environment has as proxy for %s is no http://host:port" % self._where.type)
         return answer
 
     def where(self) -> str:
@@ -1565,8 +1565,8 @@ class _Transport:
         """Return host and port of the proxy, without credentials; "" where there is none."""
         import urllib.request
 
-        proxy = self._proxies.get(self._request.type, "")
-        if not proxy or urllib.request.proxy_bypass(self._request.host):
+        proxy = self._proxies.get(self._where.type, "")
+        if not proxy or urllib.request.proxy_bypass(self._where.host):
             return ""
         return re.sub(r"^.*://|/*$", "", proxy.rpartition("@")[2])
 
@@ -7834,7 +7834,7 @@ class _Doctor:
             return _Finding("OK", "none for %s" % scheme, None)
         found = found if "//" in found else "http://" + found
         shown = re.sub(r"//.*@", "//", found)
-        if not self._transport("HEAD").proxy():
+        if not self._transport().proxy():
             return _Finding("OK", "%s is set, but not for %s" % (shown, host), None)
         try:
             parts = urllib.parse.urlsplit(found)
@@ -7878,22 +7878,20 @@ class _Doctor:
         advice = "is the port right? is a firewall in between? is the server up?" if dead else None
         return _Finding("OK" if not dead else "WARN" if alive else "FAIL", text, advice)
 
-    def _transport(self, method: str) -> "_Transport":
+    def _transport(self) -> "_Transport":
         if self._parts.scheme == "https":  # once: to load all that is trusted takes long
             self._context = self._context or _verified()
-        transport = _Transport(self._parts.geturl(), self._context, self._headers)
-        transport._request.method = method
-        return transport
+        return _Transport(self._parts.geturl(), self._context, self._headers)
 
     def _tls(self) -> "_Finding":
         if self._parts.scheme == "http":
             return _Finding("SKIP", "plain http", None)
         import ssl
 
-        transport = self._transport("HEAD")
+        transport = self._transport()
         transport._pool._ask = _shake_hands  # type: ignore[assignment, method-assign]
         try:
-            found: "Any" = transport.post(b"", self._arguments.request_timeout)
+            found: "Any" = transport.post(b"", self._arguments.request_timeout, "HEAD")
         except (OSError, ValueError) as error:
             hint = _search_hint("%s: %s" % (type(error).__name__, error))
             return _Finding("FAIL", str(error), hint or "is this an https address? does something between break TLS?")
@@ -7910,9 +7908,9 @@ class _Doctor:
     def _clock(self) -> "_Finding":
         import email.utils
 
-        transport, start = self._transport("HEAD"), time.time()
+        transport, start = self._transport(), time.time()
         try:
-            date = transport.post(b"", self._arguments.request_timeout).headers.get("Date")
+            date = transport.post(b"", self._arguments.request_timeout, "HEAD").headers.get("Date")
         except Exception as error:
             return _Finding("SKIP", "no answer to HEAD: %s" % (error or type(error).__name__), None)
         finally:
