@@ -581,7 +581,8 @@ class AnalysysPythonSdk:
         self.__dict__.update(state, _locks={})
 
     def _lock(self) -> "Any":
-        # A forked child must not share a lock that some thread of its parent may have held: setdefault() is atomic.
+        # Re-entrant: a __del__ or a signal handler may set something while this thread does. One a process: a forked
+        # child must not share a lock that some thread of its parent may have held. setdefault() is atomic.
         return self._locks.setdefault(os.getpid(), threading.RLock())
 
     def _call(
@@ -1329,7 +1330,7 @@ def _judge(answer: "_Answer") -> "_Verdict":
     told = _parse(text)
     is_object = isinstance(told, dict)
     code = told.get("code") if is_object else None
-    if type(code) is not int:
+    if type(code) is not int:  # true is none, though Python takes it for 1
         code = None
     if code == 200 and 200 <= answer.status <= 299:
         return _SUCCESS
@@ -1340,6 +1341,8 @@ def _judge(answer: "_Answer") -> "_Verdict":
 
 
 def _kind(status: int, code: "Optional[int]", is_object: bool) -> str:
+    # The code first: a gateway may answer 200 with a code that says 413. A refusal wants the platform's own word, an
+    # object: a 400 with a page is some proxy's.
     if code in _NOT_THE_DATA:
         return _TOO_LARGE if code == 413 else _RETRY
     if status == 413:
@@ -1609,9 +1612,9 @@ class _ForkGuard:
         try:
             self._inside[me] = patience
             while self._forking - {me} and _CLOCK.now() < patience:
-                self._inside[me] = 0.0
+                self._inside[me] = 0.0  # lest each waits for the other
                 time.sleep(0.001)
-                self._inside[me] = _CLOCK.now() + seconds
+                self._inside[me] = _CLOCK.now() + seconds  # before it looks again: now the fork waits, or it does
             return call(*arguments, **named)
         finally:
             self._inside.pop(me, None)
@@ -1801,6 +1804,7 @@ class _Connections:
             if cut is not None and response.status < 400:  # but half a body was accepted by nobody
                 raise cut
             payload = response.read(_MAX_ANSWER + 1)
+            # Only what was read to its end: the rest of this answer would be taken for the next one.
             keep = cut is None and not response.will_close and response.isclosed()
             return _Answer(response.status, response.headers, payload[:_MAX_ANSWER])
         except Exception as error:
@@ -1816,7 +1820,7 @@ class _Connections:
     def _take_idle(self, where: "Any") -> "Any":
         while True:
             try:
-                kept = self._idle.pop()
+                kept = self._idle.pop()  # the one that was used last: the others grow old and are closed
             except IndexError:
                 return None
             if kept[0] == where and self._is_usable(kept):
@@ -2269,6 +2273,7 @@ class _SharedFile:
         """
         try:
             size = self._lock(patience)
+            # Where nobody has written since we did, it ends with a newline: most times that saves a read.
             if size != self._end and size > 0 and _read_at(self._fd, size - 1, 1) != b"\n":
                 lines = b"\n" + lines  # end the line that a killed writer left
             _append(self._fd, size, lines, note)
@@ -2505,6 +2510,7 @@ class _RejectedLog(_SharedFile):
         size = super()._lock(patience, attempts)
         if not size or size + self._coming <= self.roll_size:
             return size
+        # Full: it moves on, the oldest first, under its lock. Who waits for that sees another file at the path then.
         older, oldest = self.path + ".1", self.path + ".2"
         try:
             number = _count_lines(oldest)
@@ -2580,11 +2586,13 @@ class _Reader:
         place, chunk = self.offset, b"-"
         while chunk:
             chunk = self._read(int(min(_CHUNK, self._end - place)))
+            # CRLF is one end of a line: cut in two it would be two.
             if chunk[-1:] == b"\r" and place + len(chunk) < self._end:
                 chunk += self._read(1)
             place += len(chunk)
             is_barren = bool(chunk)
             for part in self._parts(chunk):
+                # Nearly all lines lie within a chunk. The others are put together, as far as they may be records.
                 whole = self._length == 0 and part[-1:] in b"\r\n"
                 line = self._line(part, len(part)) if whole else self._lengthen(part)
                 if line is not None:
@@ -2615,8 +2623,8 @@ class _Reader:
             self.offset += len(part) - len(bare)
             part = bare
         elif self._kept[:1] != b"{" or len(self._kept) > self._most_kept:
-            del self._kept[_SHOWN:]
-        if len(self._kept) == self._length:
+            del self._kept[_SHOWN:]  # damaged, or to be read again when its length is known
+        if len(self._kept) == self._length:  # nothing of it was let go
             self._kept += part
         self._length += len(part)
         return self._end_line() if part[-1:] in (b"\n", b"\r") else None
@@ -2697,7 +2705,7 @@ class _Source:
         """Return up to where all is settled, and the holes in it; with too many of these, what comes before them."""
         holes: "List[Tuple[int, int, float]]" = []
         for line in self.flight.values():
-            if line.start >= self.offset:
+            if line.start >= self.offset:  # those behind the last settled line are no holes: it ends there
                 break
             if holes and holes[-1][2] == line.start:
                 holes[-1] = (holes[-1][0], holes[-1][1], line.end)
@@ -2978,7 +2986,7 @@ class _Owner:
         fd = _open_own(self.base + ".lock", os.O_RDWR | flags)
         try:
             if _lock_forever(fd) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
-                self._lock_fd, fd = fd, self._lock_fd
+                self._lock_fd, fd = fd, self._lock_fd  # what was there before is closed below
                 self._take_room()
         finally:
             if fd >= 0:
@@ -3019,6 +3027,8 @@ class _Owner:
 
     def note(self) -> None:
         """Remove the files that are done with, then note how far the others are settled."""
+        # In this order: killed in between, we leave a note about a file that is gone, which does no harm. The other way
+        # round it would be a file about which there is no note, and all of it would come again.
         for file in self.files[:]:
             if self.is_done(file):
                 self.files.remove(file)
@@ -3040,7 +3050,7 @@ class _Owner:
         except FileNotFoundError:
             os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)
         self.claim(os.O_CREAT)
-        self.note()
+        self.note()  # the old note went with it
 
     def end(self) -> None:
         """Let go of what is left; whoever finds it may claim it. Where nothing is, leave no trace."""
@@ -3116,7 +3126,7 @@ class _Writer(_Owner):
 
     def drop(self, file: "_SpoolFile") -> "List[bytes]":
         """Forget a file that is gone; return those of its lines that were not taken and still can be read."""
-        with self.writing:
+        with self.writing:  # it may be the one that is written: the next put() makes another one
             start, left = file.ranges[0][0], b""
             try:
                 left = _read_at(file.fd, start, int(min(file.end - start, _MAX_TAKEN)))
@@ -3205,6 +3215,7 @@ class _Room:
             self._count()
             self._count_at = began + 50 * (_CLOCK.now() - began)
         used = own + self._others
+        # An empty spool has room whatever the limit: a limit that lets nothing in would lose all.
         return not used or used + max(self._rejected, 3 * self.rejected_size) + self.roll_size <= self._most
 
     def _count(self) -> None:
@@ -3336,7 +3347,7 @@ class _Tally:
 
     def advance(self) -> None:
         """Look anew for the oldest line that is in flight: all before it are settled."""
-        while self._order:
+        while self._order:  # each is looked at once when it goes, and the oldest at each call
             first = self._order[0]
             is_line = isinstance(first, tuple)
             if is_line and first.start in first.source.flight:
@@ -3434,7 +3445,7 @@ class _Spool(_LineQueue):
     # What the lines are taken from
 
     def _source(self) -> "Optional[_Source]":
-        source = self._leftover()
+        source = self._leftover()  # what ended processes left comes before our own: it is older
         if source is None and self._leftovers.look():
             source = self._leftover()
         for file in self._own.files[:] if source is None else ():
@@ -3690,7 +3701,7 @@ class _Sender:
         if self._next >= len(self._parts):
             self._next = 0
         part = self._parts[self._next]
-        if len(part.items) > self._limit:
+        if len(part.items) > self._limit:  # from a 413: it is cut before it is sent
             part = self._cut(part, self._limit)
         return part
 
@@ -3707,7 +3718,7 @@ class _Sender:
             for other in self._parts:
                 if other.overtaken is False:  # the server is up: failures of an outage count no longer
                     other.overtaken, other.failures = True, min(other.failures, 1)
-        elif size > 1:
+        elif size > 1:  # refused or too large: which of them it is, the halves will tell
             if verdict.kind == _TOO_LARGE:
                 self._limit = size // 2
             part.overtaken = None  # the server has answered: what it failed on before says nothing about the halves
@@ -3723,7 +3734,7 @@ class _Sender:
         part.failures += 1
         part.overtaken = bool(part.overtaken)
         wait, self._next = verdict.wait, 0
-        if len(part.items) > 1:
+        if len(part.items) > 1:  # nothing overtakes several: their order is kept, and they are cut in time
             self._probe = at or 1
             if part.failures >= _CUT_AFTER:
                 self._cut(part, len(part.items) // 2)
@@ -3734,7 +3745,7 @@ class _Sender:
             return
         elif (was_up or at == 0) and not part.stands_aside():
             self._next = at  # it may be the server's fault: the order is kept, for now
-        else:
+        else:  # a record alone: see whether one part behind it gets through, and then wait
             behind = at + 1 if at or self._probe >= len(self._parts) else self._probe
             if (was_up or at == 0) and behind < len(self._parts):
                 self._next, wait = behind, wait or 0.0
@@ -4301,6 +4312,7 @@ class _LogFile:
         """Accept *line* and write what makes a batch; where that fails, raise, keep what waited and not *line*."""
         if self.closed:
             raise _closed()
+        # The first one that waits has it written at exit; where exit is over, nothing may wait.
         is_due = len(self._buffer) + 1 >= self._batch or not self._buffer and not _register(self)
         if is_due and not _WRITES.now:
             self._write(line)
@@ -4498,10 +4510,11 @@ class _Collecter:
 
     def _new_process(self, pid: int) -> "_State":
         # In a child of a fork no lock of ours may be taken before this: some thread of the parent may hold it for ever.
+        # So two threads may each make a state, and one of the two stays.
         fresh: "_State" = self._new_state(**self._config)
         if self._closed:
             fresh.close(0)
-        state = self._states.setdefault(pid, fresh)  # one step: where several threads come here, one state stays
+        state = self._states.setdefault(pid, fresh)  # one step
         if state is not fresh:
             fresh.close(0)
         self._disown()
@@ -4677,6 +4690,11 @@ LogCollecter._new_state = _LogFile
 ########################################################################################################################
 # Process hooks: exit and fork
 ########################################################################################################################
+
+# Each hook is registered once a module, when it is first needed. At exit all that is open is closed, within ten seconds
+# together; hooks run in the reverse order of their registration, so one that runs after ours may still track: it finds
+# `_HOOKS` false, and its call delivers by itself. At a fork the child lets go of its parent's descriptors; all else it
+# finds out by its process id, at its next call, since not every fork runs hooks.
 
 # States with records that are not delivered, of this process and, in a forked child, of its parent. Not weak: they
 # outlive their collecters until they are done. The steps of a set are atomic.
@@ -8197,7 +8215,9 @@ def _print(text: str, file: "Any" = None) -> None:
     file = file or sys.stdout
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+        # With its newline in one step: a signal that ends us here must not leave half a line for the last words.
+        file.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        file.flush()
     except (OSError, ValueError, AttributeError):  # closed or full: and exit, which flushes again, would fail
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is file and file is not None:

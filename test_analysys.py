@@ -6722,6 +6722,16 @@ def test_beyond_loopback_a_warning_is_printed_and_the_address_is_one_to_open(hos
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_line_is_printed_in_one_step_lest_a_signal_leaves_half_of_it_before_the_summary(monkeypatch):
+    class Stream(io.StringIO):
+        def write(self, text):
+            pieces.append(text)
+    pieces = []
+    monkeypatch.setattr(sys, "stdout", Stream())
+    analysys._print("a")
+    assert pieces == ["a\n"]
+
+
 @table("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_prints_a_line_a_record_and_ends_at_once_with_a_summary(number):
     with serving() as server:
