@@ -670,6 +670,7 @@ def tracing(at, disturb, steps=("line",)):
 def disturbed(call, at, disturb, *steps):
     """Call *call* and inside it, as `tracing` says, *disturb*, which may raise Interrupt; tell whether it came to that."""
     trace, before = tracing(at, disturb, *steps), sys.gettrace()
+    gc.disable()                                       # the __del__ of what another test left would swallow what is raised
     sys.settrace(trace)
     try:
         call()
@@ -677,6 +678,7 @@ def disturbed(call, at, disturb, *steps):
         pass
     finally:
         sys.settrace(before)
+        gc.enable()
     return trace.count >= at
 
 
