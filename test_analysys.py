@@ -14,6 +14,7 @@ import enum
 import errno
 import fractions
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
