@@ -226,6 +226,7 @@ _LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's 
 _SHORT_LOCK_TIMEOUT = 0.05  # and once that was in vain: C6
 _LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
 _LOGGER = "analysys"
+_SENDER = "analysys-sender"  # the name of the thread that sends
 _GZIP_LEVEL = 3  # of 100 records (48 KB): 7.4 KB in 124 us; level 6: 6.7 KB in 376 us; level 1: 7.6 KB in 112 us
 _ONE_PACKET = 900  # bytes of text that fit into one packet, in base64 and with a request's head: not compressed
 _GZIP = 31  # zlib's number for "gzip, largest window"
@@ -276,10 +277,12 @@ class AnalysysPythonSdkNetworkException(AnalysysPythonSdkException):
 class AnalysysPythonSdkFileException(AnalysysPythonSdkException, OSError):
     """Records that could not be written to disk; *errno* is the system's reason where there is one."""
 
+    errno: "Optional[int]" = None  # kept in the instance's dict, which copies and pickles carry
+
 
 def _illegal(argument: str, value: object, rule: str) -> AnalysysPythonSdkIllegalDataException:
     if rule == _RULES["list"].text:
-        argument, value = _bad_item(argument, value)
+        argument, value, rule = _bad_item(argument, value, rule)
     error = AnalysysPythonSdkIllegalDataException("%s is %s: it %s" % (argument, _shown(value), rule))
     error.rule = "%s %s" % (argument, rule)
     return error
@@ -303,7 +306,9 @@ def _shown(value: object) -> str:
     try:
         if isinstance(value, int) and int.bit_length(value) > 128:
             return "an int of %d bits" % int.bit_length(value)
-        shown = reprlib.repr(value)[:100]
+        shortened = reprlib.Repr()
+        shortened.maxother = 100  # a datetime has more than the usual 30
+        shown = shortened.repr(value)[:100]
         if type(value) in (str, list, tuple) and len(value) > 30:  # type: ignore[arg-type]
             shown += " (%d %s)" % (len(value), "characters" if type(value) is str else "items")  # type: ignore[arg-type]
         return shown
@@ -319,15 +324,15 @@ def _printable(text: object) -> str:
     return safe if len(safe) <= _MAX_TOLD else safe[: _MAX_TOLD - 3] + "..."
 
 
-def _bad_item(argument: str, value: object) -> "Tuple[str, object]":
-    """Return what is to blame where a list is refused: the first item that is, or the whole."""
+def _bad_item(argument: str, value: object, rule: str) -> "Tuple[str, object, str]":
+    """Return what is to blame where a list is refused, the first item that is or the whole, and by which rule."""
     if type(value) in (list, tuple) and len(value) <= _MAX_ITEMS:  # type: ignore[arg-type]
         for position, item in enumerate(list(value)):  # type: ignore[call-overload]
             try:
                 _string(item)
             except Exception:
-                return "%s[%d]" % (argument, position), item
-    return argument, value
+                return "%s[%d]" % (argument, position), item, _RULES["str"].text
+    return argument, value, rule
 
 
 def _log(level: str, message: str, *values: object) -> None:
@@ -343,13 +348,21 @@ def _log(level: str, message: str, *values: object) -> None:
             logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None))
         else:
             getattr(logger, level)(message, *values)
-    except Exception:  # a handler that fails must not take the sender with it
-        pass
+    except BaseException as mishap:
+        if not _ends_here(mishap):
+            raise
     finally:
         _LOGGING.now = False
 
 
 _LOGGING = threading.local()  # .now: whether this thread is logging for us
+
+
+def _ends_here(mishap: BaseException) -> bool:
+    """Tell whether what an on_error or a logging handler raised goes no further. In the sending thread nothing does:
+    it would end without a word. In the caller's, Ctrl-C and its like (a gevent.Timeout, pytest.fail()) are meant for
+    the caller, but sys.exit() was meant for a thread of the handler's."""
+    return isinstance(mishap, (Exception, SystemExit)) or threading.current_thread().name == _SENDER
 
 
 # Which threads are inside an on_error, by process and thread. Its steps are atomic.
@@ -369,7 +382,9 @@ def _tell(on_error: "OnError", error: Exception, concerned: object) -> None:
     _TELLING.add(me)
     try:
         on_error(error, concerned)  # type: ignore[misc]
-    except (Exception, SystemExit) as mishap:  # sys.exit() would end the sending thread without a word
+    except BaseException as mishap:
+        if not _ends_here(mishap):
+            raise
         _log("error", "on_error raised %s: %s, when it was told of: %s", type(mishap).__name__, mishap, error)
     finally:
         _TELLING.discard(me)
@@ -935,10 +950,14 @@ def _directory(value: "Any") -> str:
     return plain
 
 
+_EXHAUSTED = (RecursionError, MemoryError)
+
+
 class _Rule:
     """What a value must be, in the words of the error message, and the function that returns its plain form.
 
-    Where the value breaks the rule, the function raises anything at all: a hostile value's own errors count too.
+    Where the value breaks the rule, the function raises anything at all: a hostile value's own errors count too. But
+    where the stack or the memory runs out (_EXHAUSTED), that says nothing about the value.
     """
 
     __slots__ = ("text", "plain")
@@ -951,6 +970,8 @@ class _Rule:
         """Return the plain form of *value*, or raise what names argument, value and rule."""
         try:
             return self.plain(value)
+        except _EXHAUSTED:
+            raise
         except Exception:
             raise _illegal(argument, value, self.text) from None
 
@@ -958,11 +979,11 @@ class _Rule:
 _NAME_TEXT = r"1 to 99 characters that match \$?[A-Za-z][A-Za-z0-9_]*"
 _RULES = {
     # arguments of tracking calls
-    "appid": _Rule("must be a str of 1 to 255 characters", lambda v: _text(v, 1, _MAX_APP_ID)),
-    "distinct_id": _Rule("must be a str of 1 to 254 characters", _id),
-    "alias_id": _Rule("must be a str of 1 to 254 characters", _id),
+    "appid": _Rule("must be a str of 1 to 255 characters, encodable as UTF-8", lambda v: _text(v, 1, _MAX_APP_ID)),
+    "distinct_id": _Rule("must be a str of 1 to 254 characters, encodable as UTF-8", _id),
+    "alias_id": _Rule("must be a str of 1 to 254 characters, encodable as UTF-8", _id),
     "event_name": _Rule("must be a str of " + _NAME_TEXT, _name),
-    "data_platform": _Rule("must be a str of at most 255 characters, or None", _platform),
+    "data_platform": _Rule("must be a str of at most 255 characters, encodable as UTF-8, or None", _platform),
     "is_login": _Rule("must be a bool", lambda v: _exactly(v, True, False)),
     "xwhen": _Rule("must be an integer of 13 digits (Unix milliseconds) or a datetime of 2001 to 2286", _when),
     "debug_mode": _Rule("must be the int 0, 1 or 2", lambda v: _exactly(v, 0, 1, 2)),
@@ -972,11 +993,11 @@ _RULES = {
         _property_name,
     ),
     "super_properties_key": _Rule("must be a str of " + _NAME_TEXT, _name),
-    "str": _Rule("must have at most 255 characters, encodable as UTF-8", _string),
+    "str": _Rule("must be a str of at most 255 characters, encodable as UTF-8", _string),
     "bool": _Rule("must be a bool", lambda v: v),
     "number": _Rule("must be a finite number (a bool is none), an integer within 64 bits signed", _number),
     "list": _Rule("must be a list or tuple of at most 100 str of at most 255 characters each", _list),
-    "date": _Rule("must be a date or datetime", _moment),
+    "date": _Rule("must be a date, or a datetime that has a local time in the years 1 to 9999", _moment),
     "call": _Rule("must be a value, or a callable without arguments and no class", _call),
     "value": _Rule("must be a str, bool, number, date, datetime, or list of str", _no_value),
     # settings
@@ -1038,6 +1059,8 @@ def _value_rule(value: object) -> _Rule:
         ):
             if issubclass(type(value), kinds):
                 return _RULES[rule]
+    except _EXHAUSTED:
+        raise
     except Exception:
         pass
     return _RULES["value"]
@@ -1097,6 +1120,8 @@ def _texts(argument: str, own: "Dict[str, Any]") -> "List[str]":
             else:
                 text = _encode(_value_rule(value).plain(value))
             texts.append(text)
+    except _EXHAUSTED:
+        raise
     except Exception:
         raise _illegal("%s[%s]" % (argument, _shown(name)), value, _value_rule(value).text) from None
     return texts
@@ -1403,7 +1428,7 @@ _HINTS = (
     ("certificate.verify", "for a private CA: ssl_context=ssl.create_default_context(cafile=FILE), or --ca FILE"),
     ("wrong.version|unknown.protocol|http.request|record.layer|too.long]", "does that port speak plain http?"),
     (r"BadStatusLine: .*\\x1[56]\\x03", "does that port speak https?"),
-    ("gaierror|UnicodeError", "is the host's name right, and can this machine look up names?"),
+    ("gaierror|'idna'", "is the host's name right, and can this machine look up names?"),
     ("ConnectionRefused", "nobody listens there: is the server up, and the port right?"),
     ("Tunnel.* 407", _STATUS_HINTS[407]),
     ("Tunnel", "the proxy refused: is the address right? no_proxy=HOST goes around the proxy"),
@@ -1458,7 +1483,7 @@ def _url(server_url: "Any") -> str:
     """Return the address to post to, or raise what is wrong with *server_url*."""
     import urllib.parse
 
-    rule = "must be http(s)://host[:port][/path]"
+    rule = "must be http(s)://host[:port][/path] in ASCII"
     if not isinstance(server_url, str):
         raise _illegal("server_url", server_url, rule)
     shown = re.sub(r"//.*@", "//...@", server_url)  # credentials: not for a message
@@ -1879,10 +1904,13 @@ def _is_gone(error: Exception) -> bool:
 
 
 def _is_quiet(sock: "Any") -> bool:
-    """Tell whether an idle connection is still there: one that has something to read was closed by the server."""
+    """Tell whether an idle connection is still there: one that has something to read was closed by the server, or holds
+    what nobody asked for, which over TLS may have been read from the system already."""
     import select
 
     try:
+        if getattr(sock, "pending", int)():
+            return False
         if not hasattr(select, "poll"):  # Windows; elsewhere select() refuses descriptors over 1023
             return not select.select([sock], [], [], 0)[0]
         poll = select.poll()
@@ -4099,7 +4127,7 @@ class _Worker:
             try:
                 if not self._turn.take():
                     return will_exit
-                thread = threading.Thread(target=self._run, name="analysys-sender", daemon=True)
+                thread = threading.Thread(target=self._run, name=_SENDER, daemon=True)
                 self._thread = thread
                 thread.start()
             except BaseException as error:

@@ -948,6 +948,18 @@ def test_the_errors_have_one_base_and_are_value_and_os_errors_where_that_fits():
     assert issubclass(analysys.AnalysysPythonSdkFileException, OSError)
 
 
+@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_errors_can_be_copied_and_pickled_with_all_that_they_tell(tmp_path, travel):
+    (tmp_path / "file").write_text("")
+    for call in (lambda: LogCollecter(str(tmp_path / "file" / "folder")), lambda: DefaultCollecter(URL)):
+        with pytest.raises(analysys.AnalysysPythonSdkException) as caught:
+            tracker_to(call()).track("u", "Event")
+        error, other = caught.value, travel(caught.value)
+        for name in ("__class__", "args", "records", "errno"):
+            assert getattr(other, name, None) == getattr(error, name, None)
+        assert str(other) == str(error) and getattr(error, "errno", errno.ENOTDIR) == errno.ENOTDIR
+
+
 # ---------------------------------------------------------------------------
 # The tracker
 # ---------------------------------------------------------------------------
@@ -1569,12 +1581,62 @@ def test_a_platform_has_at_most_255_characters():
     assert "data_platform" in refused(sdk, "track", "u", "Event", None, "p" * 256)
 
 
-@table("bad", [1, None, "x" * 256])
+def test_a_call_for_which_the_stack_is_too_short_says_so_and_blames_no_value():
+    run("""
+        import datetime
+
+        class Sink:
+            def uploadData(self, record):
+                records.append(record)
+            flush = close = uploadData
+
+        def outcome(room):
+            depth, frame = 0, sys._getframe()
+            while frame:
+                depth, frame = depth + 1, frame.f_back
+            before = len(records)
+            try:
+                sys.setrecursionlimit(depth + room)
+                tracker.track("user", "Event%d" % room, properties)
+            except RecursionError:
+                assert len(records) == before
+            else:
+                assert len(records) == before + 1
+            finally:
+                sys.setrecursionlimit(1000)
+            return len(records) - before
+
+        records, tracker = [], tracker_to(Sink())
+        properties = {"day": datetime.date(2020, 1, 1), "number": 1.5, "names": ["x"], "whole": 10 ** 18}
+        for _ in range(2):                             # once with nothing imported and kept, then with all
+            outcomes = [outcome(room) for room in range(1, 100)]
+            assert sorted(set(outcomes)) == [0, 1]
+    """)
+
+
+@table("bad", [1, None, "x" * 256, "\ud800"])
 def test_a_message_about_a_list_names_the_position_and_one_about_a_string_its_length(bad):
     message = refused(tracker_to(), "track", "u", "Event", {"tags": ["ok", "ok", bad]})
     assert "event_properties['tags'][2]" in message
+    assert message.endswith(": it must be a str of at most 255 characters, encodable as UTF-8")
     assert "256" in message or bad != "x" * 256
     assert "301" in refused(tracker_to(), "track", "u", "Event", {"a": "x" * 301})
+
+
+@table("call, said", [
+    (("setAppId", "\ud800"), "encodable as UTF-8"), (("track", "\ud800", "Event"), "encodable as UTF-8"),
+    (("profile_delete", "u", "\ud800"), "encodable as UTF-8"),
+    (("profile_delete", "u", "", True, datetime.datetime(1999, 12, 31)), "datetime.datetime(1999, 12, 31, 0, 0)"),
+    (("track", "u", "Event", {"until": datetime.datetime.max.replace(tzinfo=datetime.timezone.utc)}), "9999")])
+def test_a_message_shows_what_the_rule_is_about(monkeypatch, call, said):
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    time.tzset()
+    try:
+        message = refused(tracker_to(), *call)
+        assert said in message
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @table("name", NAMES)
@@ -2092,6 +2154,17 @@ UNBUFFERED = 20000000                                  # bytes: more than the so
 over_http_and_https = pytest.mark.parametrize("certificate", [None, CERTIFICATE], ids=["http", "https"])
 
 
+@over_http_and_https
+def test_what_a_server_says_beyond_its_answer_is_not_taken_for_the_answer_to_the_next_request(certificate):
+    read_at_once = 8192                                # bytes, and as many has the answer
+    size = read_at_once - len(answer(200, b"." * 8000)) + 8000
+    said = answer(200, code(200).ljust(size)) + answer(400, code(400))
+    with Server(lambda _: said if len(server.requests) == 1 else answer(), certificate) as server:
+        sdk = tracker_to(DefaultCollecter(server.url, ssl_context=certificate and ca_context()))
+        events(sdk, 2)
+        assert (numbers(server.records), server.connections) == ([0, 1], 2)
+
+
 @contextlib.contextmanager
 def posting(*script, certificate, timeout=20):
     """Yield a server with that script and a function that posts a body to it and returns the verdict."""
@@ -2439,7 +2512,7 @@ def test_a_message_about_an_answer_names_the_address_what_came_and_what_to_try(r
 def test_a_message_about_a_connection_names_the_address_and_what_to_try(monkeypatch):
     with Server() as plain, Server(certificate=CERTIFICATE) as tls, Server(certificate=OTHER_HOST) as other:
         for url, said in [
-                (URL, "nobody listens there"), (tls.url, "ssl_context=ssl.create_default_context(cafile=FILE)"),
+                (URL, "nobody listens there"), ("http://a..b:1", "is the host's name right"), (tls.url, "ssl_context=ssl.create_default_context(cafile=FILE)"),
                 (tls.url.replace("https", "http"), TO_HTTPS),
                 (plain.url.replace("http", "https"), "speak plain http?")]:
             text = mishap(url)
@@ -4692,6 +4765,22 @@ def test_an_on_error_that_raises_is_logged_and_the_worker_lives_on():
             assert log
         assert server.names == numbered("e", 3)
         balanced(collecter, delivered=3, rejected=3)
+
+
+@pytest.mark.parametrize("thrower", ["on_error", "handler"])
+@pytest.mark.parametrize("error", [KeyError, SystemExit, KeyboardInterrupt, GeneratorExit, Interrupt])
+def test_what_an_on_error_or_a_logging_handler_raises_never_ends_the_sending_thread(thrower, error):
+    def throw(*_):
+        raise error
+    with FaultyServer(then=refuse("bad")) as server, logged():
+        on_error = throw if thrower == "on_error" else None
+        logging.getLogger("analysys").handlers[-1].emit = throw
+        options = {"queue_cache_max_size": 2, "collecter_max_size": 1, "max_interval_time": 0.1}
+        with batch(server, on_error=on_error, **options) as (collecter, tracker):
+            track(tracker, "bad", "good")              # so "good" waits for the thread that told of "bad"
+            wait_until(lambda: server.names == ["good"])
+            wait_until(lambda: collecter.stats()["pending"] == 0)
+            balanced(collecter, delivered=1, rejected=1)
 
 
 def test_on_error_is_called_under_no_lock_and_may_track_without_waiting_for_room():
