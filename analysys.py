@@ -4911,7 +4911,7 @@ class _Connection:
 
     def __init__(self, listener: "_Listener", sock: "Any") -> None:
         self.sock = sock
-        self.idle_since = _CLOCK.now()  # infinity while a request is under way
+        self.idle_since = _CLOCK.now()  # infinity from when the head of a request is there until it is answered
         self._listener = listener
         self._buffer = bytearray()  # received, and not yet looked at
 
@@ -4982,10 +4982,11 @@ class _Connection:
                 raise _Trouble(400, "this is no HTTP")  # TLS, mostly
             if len(self._buffer) >= _MAX_HEAD:
                 raise _Trouble(431, "a head has at most %d bytes" % _MAX_HEAD)
+            is_first = not self._buffer
             if not self._receive(deadline):
                 return b""
-            if self.idle_since < float("inf"):
-                self.idle_since, deadline = float("inf"), _CLOCK.now() + _CLIENT_TIMEOUT
+            if is_first:
+                deadline = _CLOCK.now() + _CLIENT_TIMEOUT
         self.idle_since = float("inf")
         head = bytes(self._buffer[: self._buffer.index(b"\r\n\r\n")])
         del self._buffer[: len(head) + 4]

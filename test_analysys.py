@@ -6243,6 +6243,18 @@ def test_many_clients_that_come_at_once_are_all_answered():
         assert len(server.records) == 120
 
 
+def test_clients_that_never_end_their_heads_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(analysys, "_MAX_CONNECTIONS", 3)
+    with analysys.Receiver() as server, contextlib.ExitStack() as stack:
+        host, port = server.url.split("//")[1].split(":")
+        for _ in range(9):
+            client = stack.enter_context(socket.create_connection((host, int(port)), 10))
+            client.sendall(b"POST /up HTTP/1.1\r\nX: ")
+            wait_until(lambda: any(one._buffer for one in list(server._listener._connections)))
+        for _ in range(9):
+            assert post(server.url, ONE) == (200, {"code": 200})
+
+
 def test_beyond_the_bytes_held_at_once_bodies_wait_unread_but_for_the_oldest(monkeypatch):
     monkeypatch.setattr(analysys, "_MAX_HELD", 100000)
     large = b"[" + b" " * 150000 + ONE[1:]
