@@ -4982,7 +4982,7 @@ class _Connection:
 
     def __init__(self, listener: "_Listener", sock: "Any") -> None:
         self.sock = sock
-        self.idle_since = _CLOCK.now()  # infinity while a request is under way
+        self.idle_since = _CLOCK.now()  # infinity from when the head of a request is there until it is answered
         self._listener = listener
         self._buffer = bytearray()  # received, and not yet looked at
 
@@ -4990,8 +4990,9 @@ class _Connection:
         """Answer requests until the client is gone, or has to go."""
         try:
             self.sock.settimeout(_CLIENT_TIMEOUT)
-            if self._listener.tls is not None:  # here, where a slow handshake holds up nobody
-                self.sock = self._listener.tls.wrap_socket(self.sock, server_side=True)
+            if self._listener.tls is not None:
+                self.sock = self._listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+                self.sock.do_handshake()  # here, where a slow one holds up nobody, and close() ends it
             while self._exchange():
                 self.idle_since = _CLOCK.now()
         except (OSError, ValueError):  # gone, too slow, or no TLS
@@ -5009,16 +5010,16 @@ class _Connection:
         method, reply, keep = self._reply()
         if reply is None:
             return False
-        streams = callable(reply.payload)
+        streams, is_bare = callable(reply.payload), method == "HEAD" or reply.status in (204, 304)
         keep = keep and not streams
         lines = ["HTTP/1.1 %d %s" % (reply.status, "OK" if reply.status < 300 else "Error")]
         lines += map(": ".join, sorted(reply.headers.items()))
         if not streams and reply.status != 204:
             lines.append("Content-Length: %d" % sum(map(len, reply.payload)))
         lines += ["Date: " + _http_date(int(time.time())), "Connection: " + ("keep-alive" if keep else "close"), "", ""]
-        pieces = [] if streams or method == "HEAD" else reply.payload
+        pieces = [] if streams or is_bare else reply.payload
         self.send(["\r\n".join(lines).encode("latin-1") + b"".join(pieces[:1])] + pieces[1:])  # one packet, mostly
-        if streams and method != "HEAD":
+        if streams and not is_bare:
             reply.payload(self)
         if not keep:
             self._drain()
@@ -5052,10 +5053,11 @@ class _Connection:
                 raise _Trouble(400, "this is no HTTP")  # TLS, mostly
             if len(self._buffer) >= _MAX_HEAD:
                 raise _Trouble(431, "a head has at most %d bytes" % _MAX_HEAD)
+            is_first = not self._buffer
             if not self._receive(deadline):
                 return b""
-            if self.idle_since < float("inf"):
-                self.idle_since, deadline = float("inf"), _CLOCK.now() + _CLIENT_TIMEOUT
+            if is_first:
+                deadline = _CLOCK.now() + _CLIENT_TIMEOUT
         self.idle_since = float("inf")
         head = bytes(self._buffer[: self._buffer.index(b"\r\n\r\n")])
         del self._buffer[: len(head) + 4]
@@ -5093,7 +5095,7 @@ class _Connection:
 
         deadline = _CLOCK.now() + 1
         self.sock.shutdown(socket.SHUT_WR)
-        while self._receive(deadline):
+        while _CLOCK.now() < deadline and self._receive(deadline):
             del self._buffer[:]
 
 
@@ -5328,7 +5330,7 @@ class Receiver:
                 return 200, {"code": 200}
             except (AnalysysPythonSdkFileException, AnalysysPythonSdkNetworkException) as error:  # not the data's fault
                 return 503, {"code": 500, "msg": _printable(error)}
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 self._refuse(records, _printable(error))
                 return 200, {"code": 400, "msg": _printable(error)}
 
@@ -5363,17 +5365,16 @@ def _is_address(text: str) -> bool:
 
 def _received(body: bytes) -> "List[Any]":
     """Return the values in a body, plain or packed; raise ValueError where it is no array of at least one."""
+    rule = "the body must be an array of records, plain or as base64 of gzip"
     try:
         text = body if re.match(rb"\s*\[", body) else _unpack(body, _MAX_TEXT)
-    except ValueError as error:
-        raise ValueError("the body must be an array of records, plain or as base64 of gzip: %s" % error) from None
-    if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_PARTS:
-        raise _Trouble(413, "a body has at most %d values" % _MAX_PARTS)
-    if re.search(rb"[0-9]{1000}", text):  # some Pythons take hours for it
-        raise ValueError("a number of a thousand digits is none of 64 bits")
-    found = _decode(text)
+        if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_PARTS:
+            raise _Trouble(413, "a body has at most %d values" % _MAX_PARTS)
+        found = _decode(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("%s: %s" % (rule, error)) from None
     if not isinstance(found, list) or not found:
-        raise ValueError("the body must be an array of records")
+        raise ValueError(rule + ", at least one")
     return found
 
 
@@ -5607,23 +5608,26 @@ class _Site(Receiver):
         return _Reply(200, headers, lambda connection: self._follow(connection, start))
 
     def _follow(self, connection: "_Connection", start: int) -> None:
-        """Send events to one page as they come, until it leaves or lags; *start* is the last that it has, or 0."""
+        """Send events to one page as they come, until it leaves or lags; *start* is the last that it has, or 0.
+
+        One that has more than there is saw a server whose clock was ahead of ours: it is told to begin anew.
+        """
         feed, data = self.feed, b"retry: 1000\n\n"
         with feed.changed:
-            at = start if 0 < start <= feed.number else feed.cleared
+            at, is_lost = start or feed.cleared, start > feed.number
             total = feed.total  # bytes that it has, or need not have yet: what came before it is no lag
         while True:
             self._push(connection, data, total)
             if self._listener.closed.wait(_GATHER):
                 return
             with feed.changed:
-                if feed.number <= at:  # it has everything; what comes now in one request is no lag
+                if feed.number <= at and not is_lost:  # it has everything; what comes now in one request is no lag
                     feed.changed.wait(_ALIVE_EVERY)  # for new events, or clear()
                     total = feed.total
                 elif feed.total - total > _MAX_LAG:
                     return
-                cleared = feed.cleared > at
-                at = max(at, feed.cleared)
+                cleared = is_lost or feed.cleared > at
+                at, is_lost = (feed.cleared if cleared else at), False
                 found = feed.after(at, _MAX_LAG // 4)
                 newest = feed.number
             pieces = [b"id: %d\nevent: clear\ndata: {}\n\n" % at] if cleared else []
@@ -5653,20 +5657,22 @@ class _Printer:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards what follows; notified by lines
-        self._lines: "List[Tuple[Any, Optional[str]]]" = []  # record and why it was refused
+        self._lines: "List[str]" = []  # text and no records, which would be kept as long as a terminal stands still
         self._second = 0
         self._room = 0  # lines that this second may still have
         self._more = 0  # that it had beyond those
 
     def add(self, record: "Any", reason: "Optional[str]") -> None:
         """Have *record* printed, unless there are too many."""
+        import shutil
+
         with self._changed:
             self._turn()
             if self._room <= 0 or len(self._lines) > 2 * _LINES_PER_SECOND:
                 self._more += 1
                 return
             self._room -= 1
-            self._lines.append((record, reason))
+            self._lines.append(_event_text(record, reason, shutil.get_terminal_size((160, 24)).columns))
             self._changed.notify()
 
     def run(self) -> None:
@@ -5678,31 +5684,23 @@ class _Printer:
 
     def show(self) -> None:
         """Print what waits."""
-        import shutil
-
         with self._changed:
             self._turn()
             lines, self._lines = self._lines, []
-        columns = shutil.get_terminal_size((160, 24)).columns
         if lines:
-            _print("\n".join(_event_text(record, reason, columns) for record, reason in lines))
+            _print("\n".join(lines))
 
     def _turn(self) -> None:
         """Where a second is over, say how many more it had."""
         if self._second != int(_CLOCK.now()):
             self._second, self._room = int(_CLOCK.now()), _LINES_PER_SECOND
             if self._more:
-                self._lines.append((_MORE, "… {:,} more".format(self._more)))
+                self._lines.append("… {:,} more".format(self._more))
                 self._more = 0
-
-
-_MORE = object()
 
 
 def _event_text(record: "Any", reason: "Optional[str]", columns: int) -> str:
     """Return the line that is printed of a record: time, who, what, platform, properties; or in red the reason."""
-    if record is _MORE:
-        return str(reason)
     cells = [time.strftime("%H:%M:%S"), "-", "-", "-", reason or ""]
     if isinstance(record, dict):
         context = record.get("xcontext")
@@ -5730,8 +5728,16 @@ def _fit(text: str, width: int) -> str:
 def _serve(arguments: "Any") -> int:
     """Run a site until a signal comes; print what arrives, and how much it was."""
     # What is needed while it runs: out of an import, a signal may come as another error than KeyboardInterrupt.
+    import select
     import shutil  # noqa: F401
     import signal
+
+    def let_go(*_: "Any") -> None:
+        """Where nobody reads what we print, and we wait for that, have it go nowhere."""
+        output = select.poll()
+        output.register(1, select.POLLOUT)
+        if not output.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     if bool(arguments.forward) != bool(arguments.spool_path):
         raise _illegal("--spool-path", arguments.spool_path, "must be given with --forward, and only then")
@@ -5745,15 +5751,19 @@ def _serve(arguments: "Any") -> int:
     try:
         if arguments.log_path:
             log = LogCollecter(arguments.log_path)
+            found = _look_at_directory(arguments.log_path, False, 0)
+            if found.state == "FAIL":
+                raise AnalysysPythonSdkFileException("--log-path: " + found.seen)
         site = _Site(arguments, tls, log, forward)
     except AnalysysPythonSdkException:
         if forward is not None:
             forward.close(0)
         raise
     is_private = _is_loopback("[%s]" % site.address if ":" in site.address else site.address)
-    kept = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    clock = getattr(signal, "SIGALRM", None)
+    kept = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, clock) if number]
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         _print("serving on %s" % site.url)
         if not is_private:
             _print("analysys: whoever reaches %s can read what comes in" % site.address, sys.stderr)
@@ -5761,6 +5771,9 @@ def _serve(arguments: "Any") -> int:
     except KeyboardInterrupt:
         for number, _ in kept:
             signal.signal(number, signal.SIG_IGN)  # the end is near, and counts
+        if clock:
+            signal.signal(clock, let_go)
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
         site.close()
         site.printer.show()
         # Not as_json(): a request may still be at work, and counts.
@@ -5771,6 +5784,8 @@ def _serve(arguments: "Any") -> int:
         _print(summary)
     finally:
         site.close()
+        if clock:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in kept:
             signal.signal(number, handler)
     return _DONE
@@ -5966,8 +5981,15 @@ const language = /^zh\b/i.test(navigator.language) ? "zh" : "en";
 const t = (key, ...values) => WORDS[key][+(language === "zh")].replace(/%(\d)/g, (_, place) => values[place]);
 const $ = id => document.getElementById(id);
 const number = value => value.toLocaleString(language);
-const plain = value => typeof value === "string" ? value : value === undefined ? "" : JSON.stringify(value);
-const KEPT = 1000, SHOWN = 500;
+const KEPT = 1000, SHOWN = 500, COLOURED = 10000;
+
+function plain(value) {
+  try {
+    return typeof value === "string" ? value : JSON.stringify(value) || "";
+  } catch (_) {  // nested too deep for this browser
+    return "…";
+  }
+}
 
 // Everything that is shown is made here, as text: what an event holds never becomes markup.
 function make(tag, name, text, ...children) {
@@ -6066,17 +6088,19 @@ function step(by) {
 
 // ---- One record: its exact text, in lines
 function pretty(raw) {
-  const pieces = [], tokens = raw.match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
+  const pieces = [""], tokens = raw.match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
   const opens = token => token === "{" || token === "[", closes = token => token === "}" || token === "]";
+  const say = text => { pieces[pieces.length - 1] += text; };
   let depth = 0;
   tokens.forEach((token, place) => {
     const before = tokens[place - 1], after = tokens[place + 1];
     if (closes(token)) depth--;
     const breaks = before === "," || opens(before) !== closes(token);
-    if (place && breaks) pieces.push("\n" + "  ".repeat(depth));
+    if (place && breaks) say("\n" + "  ".repeat(Math.min(depth, 99)));
     if (opens(token)) depth++;
     const kind = token[0] !== '"' ? "number" : after === ":" ? "name" : "text";
-    pieces.push(/^[{}[\],:]$/.test(token) ? token.replace(":", ": ") : make("span", kind, token));
+    if (place > COLOURED || /^[{}[\],:]$/.test(token)) say(token === ":" ? ": " : token);
+    else pieces.push(make("span", kind, token), "");
   });
   return pieces;
 }
@@ -6246,7 +6270,8 @@ function connect() {
     gathered.push(event);
     if (gathered.length > KEPT) gathered.shift();
   };
-  source.addEventListener("clear", () => {
+  source.addEventListener("clear", message => {
+    newest = +message.lastEventId;
     events = []; waiting = []; gathered = []; stale = true;
     choose(null);
     $("detail").hidden = true;
@@ -8130,8 +8155,36 @@ _DONE, _SOME_REJECTED, _NOT_DELIVERED, _WRONG_USAGE = 0, 1, 2, 64  # exit status
 
 def main(argv: "Optional[List[str]]" = None) -> int:
     """Run the command line with *argv* (None: that of the process) and return its exit status."""
+    try:
+        parser = _parser()
+        arguments, status = _parsed(parser, argv)
+        if arguments is None:
+            return status
+        if arguments.version:
+            _print("analysys %s, SHA-256 %s, Python %s" % (__version__, _fingerprint(), sys.version.split()[0]))
+            return _DONE
+        if arguments.command is None:
+            _print(parser.format_help().rstrip())
+            return _DONE
+        for name in ("host", "log_path", "spool_path", "forward", "checkpoint", "ca"):
+            if getattr(arguments, name, None) == "":
+                raise _illegal("--" + name.replace("_", "-"), "", "must not be empty: is a variable not set?")
+        return int(arguments.run(arguments))
+    except AnalysysPythonSdkIllegalDataException as error:
+        _print_error("analysys", error)
+        return _WRONG_USAGE
+    except KeyboardInterrupt:
+        _print("analysys: it was stopped", sys.stderr)
+    except BaseException as error:  # whatever it is, it is one sentence
+        known = isinstance(error, (AnalysysPythonSdkException, OSError))
+        _print_error("analysys" if known else "analysys: %s" % type(error).__name__, error)
+    return _NOT_DELIVERED
+
+
+def _parser() -> "Any":
     import argparse
 
+    size, port = _converter(int, _RULES["size"]), _converter(str, _Rule("must be a port from 0 to 65535", _port))
     parser = argparse.ArgumentParser(prog="analysys", description="Server-side events for Analysys Ark.")
     parser.add_argument("--version", action="store_true", help="show the version, the file's SHA-256 and the Python")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -8141,7 +8194,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     serve.set_defaults(run=_serve)
     add = serve.add_argument
     add("--host", default="127.0.0.1", metavar="HOST", help="address or name to listen on; 127.0.0.1")
-    add("--port", type=_port, default=4089, metavar="PORT", help="0 takes a free one; 4089")
+    add("--port", type=port, default=4089, metavar="PORT", help="0 takes a free one; 4089")
     add("--log-path", metavar="DIR", help="write what is accepted to datas_*.log in DIR")
     add("--forward", metavar="URL", help="hand what is accepted on to the platform")
     add("--spool-path", metavar="DIR", help="where what is to be forwarded waits")
@@ -8173,31 +8226,9 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     add("--delete", action="store_true", help="remove files that are wholly delivered and not in use")
     add("--history", action="store_true", help="add $importFlag: 1 to records that lack it")
     add("--checkpoint", metavar="FILE", help="where to note what is delivered; default: beside the files")
-    add("--batch", type=_converter("size", int), default=20000, metavar="N", help="records a request at most; 20000")
+    add("--batch", type=size, default=20000, metavar="N", help="records a request at most; 20000")
     _add_http(add, "for a whole request; 10")
-    arguments, status = _parsed(parser, argv)
-    if arguments is None:
-        return status
-    if arguments.version:
-        _print("analysys %s, SHA-256 %s, Python %s" % (__version__, _fingerprint(), sys.version.split()[0]))
-        return _DONE
-    if arguments.command is None:
-        _print(parser.format_help().rstrip())
-        return _DONE
-    try:
-        for name in ("host", "log_path", "spool_path", "forward", "checkpoint", "ca"):
-            if getattr(arguments, name, None) == "":
-                raise _illegal("--" + name.replace("_", "-"), "", "must not be empty: is a variable not set?")
-        return int(arguments.run(arguments))
-    except AnalysysPythonSdkIllegalDataException as error:
-        _print_error("analysys", error)
-        return _WRONG_USAGE
-    except KeyboardInterrupt:
-        _print("analysys: %s was stopped" % arguments.command, sys.stderr)
-    except BaseException as error:  # whatever it is, it is one sentence
-        known = isinstance(error, (AnalysysPythonSdkException, OSError))
-        _print_error("analysys" if known else "analysys: %s" % type(error).__name__, error)
-    return _NOT_DELIVERED
+    return parser
 
 
 def _parsed(parser: "Any", argv: "Optional[List[str]]") -> "Tuple[Any, int]":
@@ -8217,19 +8248,24 @@ def _parsed(parser: "Any", argv: "Optional[List[str]]") -> "Tuple[Any, int]":
 
 def _add_http(add: "Any", what: str) -> None:
     """Add the options of whoever talks to the platform."""
-    seconds = _converter("seconds", float)
+    seconds = _converter(float, _RULES["seconds"])
     add("--request-timeout", type=seconds, default=_REQUEST_TIMEOUT, metavar="SECONDS", help=what)
     add("--ca", metavar="FILE", help="certificates of a private CA, in PEM")
     add("--header", action="append", default=[], metavar="'Name: value'", help="for every request")
 
 
-def _converter(rule: str, kind: "Any") -> "Any":
-    """Return what turns an option's text into a value that keeps to a rule of `_RULES`."""
+def _converter(kind: "Callable[[str], Any]", rule: _Rule) -> "Callable[[str], Any]":
+    """Return what turns an option's text into a value that keeps to *rule*."""
 
-    def number(text: str) -> "Any":
-        return _RULES[rule].plain(kind(text))
+    def convert(text: str) -> "Any":
+        import argparse
 
-    return number
+        try:
+            return rule.plain(kind(text))
+        except Exception:
+            raise argparse.ArgumentTypeError("it %s, not %s" % (rule.text, _shown(text))) from None
+
+    return convert
 
 
 def _port(text: str) -> int:

@@ -6302,6 +6302,16 @@ def test_requests_share_a_connection_also_in_one_packet_and_with_100_continue():
         assert len(server.records) == 3
 
 
+def test_a_client_that_never_stops_sending_is_drained_for_a_second(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"x" * 65536)
+        monkeypatch.setattr(clock, "now", lambda: clock.advance(0.4) or clock.ahead)
+        analysys._Connection(None, ours)._drain()
+        assert ours.recv(1)
+
+
 def test_slow_clients_are_timed_out_whatever_they_drip(monkeypatch):
     monkeypatch.setattr(analysys, "_CLIENT_TIMEOUT", 0.3)
     monkeypatch.setattr(analysys, "_IDLE_TIMEOUT", 0.3)
@@ -6339,6 +6349,18 @@ def test_many_clients_that_come_at_once_are_all_answered():
         assert len(server.records) == 120
 
 
+def test_clients_that_never_end_their_heads_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(analysys, "_MAX_CONNECTIONS", 3)
+    with analysys.Receiver() as server, contextlib.ExitStack() as stack:
+        host, port = server.url.split("//")[1].split(":")
+        for _ in range(9):
+            client = stack.enter_context(socket.create_connection((host, int(port)), 10))
+            client.sendall(b"POST /up HTTP/1.1\r\nX: ")
+            wait_until(lambda: any(one._buffer for one in list(server._listener._connections)))
+        for _ in range(9):
+            assert post(server.url, ONE) == (200, {"code": 200})
+
+
 def test_beyond_the_bytes_held_at_once_bodies_wait_unread_but_for_the_oldest(monkeypatch):
     monkeypatch.setattr(analysys, "_MAX_HELD", 100000)
     large = b"[" + b" " * 150000 + ONE[1:]
@@ -6370,11 +6392,16 @@ def test_a_refusal_names_record_field_and_rule():
         status, told = post(server.url, encode(batch))
         assert (status, told["code"]) == (200, 400)
         assert told["msg"].startswith("record 2 of 3: ") and "'a'" in told["msg"] and "None" in told["msg"]
-        for body in b"{}", gzip.compress(ONE), b"data=" + ONE:
+        for digits in "1" * 1200, 10 ** 1200:
+            told = post(server.url, json.dumps([changed({"a": digits})]).encode())[1]["msg"]
+            assert told.startswith("record 1 of 1: ") and "'a'" in told
+        for body in (b"{}", gzip.compress(ONE), b"data=" + ONE, ONE + b"x", b"[NaN]", b'["\xe9"]', b"[]", encode({"a": 1}),
+                     b"[" * 10 ** 5):
             assert "array of records, plain or as base64 of gzip" in post(server.url, body)[1]["msg"]
 
 
-@table("body, status", [(b"[" + b"9" * 10 ** 6 + b"]", 200), (b"[" + b"[]," * 10 ** 6 + b"[]]", 413),
+@table("body, status", [(b"[" + b"9" * 10 ** 6 + b"]", 200), (b"[" + b",".join([b"9" * 999] * 20000) + b"]", 200),
+                        (b"[" + b"[]," * 10 ** 6 + b"[]]", 413),
                         (b"[" + b'{"a":' * 10 ** 5 + b"1" + b"}" * 10 ** 5 + b"]", 200)])
 def test_no_body_takes_long_or_much_memory(body, status):
     with analysys.Receiver() as server:
@@ -6422,6 +6449,14 @@ def test_fail_next_fails_that_many_posts_and_keeps_nothing_of_them(options, stat
         server.fail_next(10 ** 9)
         server.clear()
         assert post(server.url, ONE) == (200, {"code": 200})
+
+
+@table("status", [204, 304])
+def test_what_may_have_no_body_has_none(status):
+    with analysys.Receiver() as server:
+        server.fail_next(1, status)
+        reply = exchange(server.url, request_of(ONE, LENGTH) * 2)
+        assert [status_of(one) for one in re.split(rb"(?<=\r\n\r\n)(?=HTTP)", reply)] == [status, 200]
 
 
 def test_failures_to_come_come_in_the_order_in_which_they_were_asked_for():
@@ -6525,6 +6560,20 @@ def test_wrong_usage_ends_with_64_and_one_sentence(capsys, arguments):
     assert analysys.main(arguments) == 64
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.strip() and printed.err.strip().count("\n") == 0
+
+
+@table("option, value, rule", [("--port", "65536", "a port from 0 to 65535"), ("--port", "²", "a port from 0 to 65535")])
+def test_a_value_that_breaks_a_rule_is_told_the_rule(capsys, option, value, rule):
+    assert analysys.main(["serve", option, value]) == 64
+    assert capsys.readouterr().err == "analysys serve: error: argument %s: it must be %s, not '%s'\n" % (option, rule, value)
+
+
+def test_ctrl_c_is_one_sentence_however_early_it_comes(capsys):
+    def arguments():
+        raise KeyboardInterrupt
+        yield
+    assert analysys.main(arguments()) == 2
+    assert capsys.readouterr() == ("", "analysys: it was stopped\n")
 
 
 # ---------------------------------------------------------------------------
@@ -6687,6 +6736,11 @@ def test_a_stream_sends_each_event_once_and_goes_on_after_the_last_that_was_seen
             until(lambda sent: b"\nevent: clear\ndata" in sent)
         with streaming(server.url, "Last-Event-ID: " + lines[2][0].decode()) as until:
             until(lambda sent: b"\nevent: clear\ndata" in sent)      # it missed that
+        post(server.url, ONE)
+        ahead = seen(server.url)[0]["n"] + 10 ** 12    # of a server whose clock was ahead: that is not waited for
+        with streaming(server.url, "Last-Event-ID: %d" % ahead) as until:
+            sent = until(lambda sent: sent.count(b"\nid: ") == 2)
+            assert re.findall(rb"\nevent: clear\n|\ndata: {.n", sent) == [b"\nevent: clear\n", b'\ndata: {"n']
 
 
 @table("look", [0.05, 30.0])
@@ -6793,6 +6847,14 @@ def test_serve_names_the_option_at_fault(capsys, options, word, tmp_path, monkey
     assert printed.out == "" and word in printed.err and printed.err.strip().count("\n") == 0
 
 
+def test_a_log_path_that_cannot_be_used_is_2_at_once(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in tmp_path / "file", tmp_path / "file" / "below":
+        assert analysys.main(["serve", "--port", "0", "--log-path", str(path)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and str(path) in printed.err and printed.err.count("\n") == 1
+
+
 def test_a_port_that_is_taken_is_2_and_says_how_to_choose_another(capsys):
     with analysys.Receiver() as server:
         port = server.url.split(":")[2]
@@ -6840,6 +6902,29 @@ def test_serve_prints_a_line_a_record_and_ends_at_once_with_a_summary(number):
     assert "Purchase" in first and "price: 5" in first and "JS" in first and "\x1b" not in first + second
     assert "record 1 of 1" in second and "'a'" in second
     assert summary == "1 accepted, 1 refused" and err == ""
+
+
+@linux_only
+def test_serve_ends_also_where_nobody_reads_what_it_prints():
+    import fcntl
+    import termios
+    with serving() as server:
+        pipe = server.process.stdout
+        size = fcntl.fcntl(pipe, 1031, 4096)           # F_SETPIPE_SZ
+        waits = lambda: struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]
+        while waits() < size - 200:
+            post(server.url, encode([record("u", "Event", {"a": "x" * 255})] * 50))
+        server.process.terminate()
+        server.process.wait(30)
+
+
+def test_serve_leaves_nothing_behind_where_it_may_not_have_signals(capsys):
+    before, statuses = threading.active_count(), []
+    caller = threading.Thread(target=lambda: statuses.append(analysys.main(["serve", "--port", "0"])))
+    caller.start()
+    caller.join(20)
+    assert statuses == [2] and threading.active_count() == before
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_summary_waits_for_no_request_that_is_still_at_work(capsys, monkeypatch):
@@ -6906,6 +6991,12 @@ def test_at_most_a_hundred_lines_a_second_are_printed(monkeypatch):
             server.printer.run()
     told = [line for line in printed if "more" in line]
     assert len(printed) == 202 and told == [printed[100], printed[201]] == ["… 1,900 more"] * 2
+
+
+def test_what_waits_to_be_printed_is_small_however_large_its_record():
+    with site() as server:
+        post(server.url, json.dumps([{"too large": "x" * 10 ** 6}]).encode())
+        assert 0 < len(str(server.printer._lines)) < 1000
 
 
 @table("xwho, properties", [("李四" * 100, {"name": "跑步机" * 50}), ("u", {}), ("u" * 200, {"a": "x" * 255, "b": ["\x1b[31m"] * 9})])
@@ -6993,6 +7084,19 @@ def test_serve_speaks_tls_with_a_certificate_and_its_key(tmp_path):
     with serving("--tls", certificate, key) as server:
         assert server.url.startswith("https://127.0.0.1:")
         DefaultCollecter(server.url, 5, ssl_context=ca_context()).uploadData(record("u", "Event"))
+
+
+def test_a_receiver_that_closes_hangs_up_in_the_middle_of_a_handshake():
+    with site() as server, contextlib.ExitStack() as stack:
+        server._listener.tls = server_context(CERTIFICATE)
+        client = stack.enter_context(socket.create_connection(server._listener.address, 10))
+        def is_at_it():
+            return [one for one in list(server._listener._connections)
+                    if isinstance(one.sock, ssl.SSLSocket) or one.sock.fileno() < 0]
+        wait_until(is_at_it)
+        server.close()
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(1) == b""
 
 
 @linux_only

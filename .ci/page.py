@@ -104,8 +104,9 @@ ROWS = "[...document.querySelectorAll('#rows .row')]"
 
 
 @contextlib.contextmanager
-def serving(port, *options):
-    with subprocess.Popen([sys.executable, SOURCE, "serve", "--port", str(port)] + list(options),
+def serving(port, code=None):
+    program = ["-c", code] if code else [SOURCE]
+    with subprocess.Popen([sys.executable] + program + ["serve", "--port", str(port)], cwd=os.path.dirname(SOURCE),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True) as started:
         try:
             line = started.stdout.readline()
@@ -296,6 +297,23 @@ def step_hostile_records_are_text(browser, url):
     assert rows(browser, "who")[-1] == HOSTILE[0]
 
 
+def step_a_record_of_any_size_and_depth_opens_and_hides_no_other(browser, url):
+    wide, text = {"k%d" % number: number for number in range(60000)}, json.dumps([record("HERE", "Deep")])
+    for depth in 900, 9000:                            # what this Python can decode
+        body = text.replace('"HERE"', "[" * depth + "]" * depth).encode()
+        with OPENER.open(url + "/up", body) as answer:
+            assert json.loads(answer.read().decode())["code"] == 400
+    post(url, record("u", "Wide", wide))
+    post(url, record("u", "After"))
+    until(lambda: rows(browser)[:2] == ["After", "Wide"], "the rows")
+    for place in 2, 3, 4:
+        browser.run("document.querySelector('#rows .row:nth-child(%d)').click()" % place)
+        assert browser.run("[$('detail').hidden, $('json').textContent.length > 9]") == [False, True]
+        if place == 2:
+            assert json.loads(browser.run("$('json').textContent"))["xcontext"]["k59999"] == 59999
+        browser.type(ESCAPE)
+
+
 def step_the_inventory_shows_conflicts_in_red(browser, url):
     post(url, record("u", "Buy", {"price": 5}), record("u", "Buy", {"Price": "5"}))
     browser.click("#tab-inventory")
@@ -312,6 +330,9 @@ def step_the_inventory_shows_conflicts_in_red(browser, url):
 STEPS = [value for name, value in list(globals().items()) if name.startswith("step_")]
 
 
+BEHIND = "import sys, time; now = time.time; time.time = lambda: now() - 86400; import analysys; sys.exit(analysys.main())"
+
+
 def survives_a_restart(browser, port):
     with serving(port) as url:
         browser.open(url + "/")
@@ -322,6 +343,11 @@ def survives_a_restart(browser, port):
         until(lambda: browser.run("$('state').className") == "", "that it is back")
         post(url, record("u", "After"))
         shows(browser, ["After", "Before"])
+    until(lambda: browser.run("$('state').className") == "off", "that the server is gone again")
+    with serving(port, code=BEHIND) as url:
+        until(lambda: browser.run("$('state').className") == "", "that it is back, its clock set back")
+        post(url, record("u", "Yesterday"))
+        shows(browser, ["Yesterday"])
 
 
 def stays_alive_under_load(browser, url):
