@@ -931,7 +931,7 @@ def _directory(value: "Any") -> str:
     plain = os.fsdecode(value)
     if not plain or b"\0" in os.fsencode(plain):  # which may have no bytes for it
         raise ValueError
-    return plain
+    return os.path.abspath(plain)
 
 
 class _Rule:
@@ -2433,7 +2433,8 @@ class _RejectedLog(_SharedFile):
         super().__init__(path, 0o600, _open_own_lines)
         self.roll_size = roll_size
         self._coming = 0  # bytes that are about to be appended
-        self._lost: "Dict[str, int]" = {}  # why -> how many records are in none of the files, and it was not told yet
+        self.missing = 0  # records that are in none of the files,
+        self._lost: "Dict[str, int]" = {}  # and why -> how many, as far as that was not told yet
         self._tell_at = 0.0
 
     def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
@@ -2455,7 +2456,7 @@ class _RejectedLog(_SharedFile):
             self._tell_at = _CLOCK.now() + _WARN_EVERY
             lost, self._lost = self._lost, {}
             for why, number in lost.items():
-                _log("warning", "%d rejected records are no longer in %s: %s", number, _printable(self.path), why)
+                _log("warning", "%d rejected records are not in %s: %s", number, _printable(self.path), why)
 
     def _entry(self, line: "_Line", reason: str, is_damaged: bool) -> bytes:
         place = json.dumps({"file": line.file, "line": line.number, "reason": reason})[:-1].encode("ascii")
@@ -2475,7 +2476,11 @@ class _RejectedLog(_SharedFile):
             why = "it cannot be written: %s" % error
         finally:
             self.close()
-        self._lost[why] = self._lost.get(why, 0) + len(entries)
+        self._lose(len(entries), why)
+
+    def _lose(self, number: int, why: str) -> None:
+        self.missing += number
+        self._lost[why] = self._lost.get(why, 0) + number
 
     def _lock(self, patience: float, attempts: int = 100) -> int:
         size = super()._lock(patience, attempts)
@@ -2486,7 +2491,7 @@ class _RejectedLog(_SharedFile):
             number = _count_lines(oldest)
             os.replace(older, oldest)
             if number:
-                self._lost["the oldest file had to go"] = self._lost.get("the oldest file had to go", 0) + number
+                self._lose(number, "the oldest file had to go")
         except FileNotFoundError:
             pass
         os.replace(self.path, older)
@@ -2519,6 +2524,18 @@ def _count_lines(path: str) -> int:
 # One lock, _reading, guards the sources. take(), settle() and close() hold it, never while a request is under way; it
 # is re-entrant, for a signal handler. An exception out of a signal handler may come anywhere: lines that take() has in
 # hand then are put back, and a reader that was interrupted is made anew where the lines in flight end.
+
+# Up to where a file is settled: an offset, the number of lines before it, and the holes in that, which have both too.
+
+
+def _position(most: int, offset: int, number: int, holes: "Any") -> "Any":
+    """Return a position in a file of at most *most* bytes as it was noted on disk; raise where it cannot be one."""
+    bounds = [0] + [bound for start, _, end in holes for bound in (start, end)] + [offset, most]
+    numbers = [number] + [before for _, before, _ in holes]
+    if bounds != sorted(bounds) or min(numbers) < 0 or {int} != set(map(type, bounds + numbers)):
+        raise ValueError("there is no such place")
+    return offset, number, holes
+
 
 # A line as it is sent; the name of its file, its number there from 1, where it begins and ends there; how many bytes it
 # had (if more than it has, it was cut and is damaged); its source.
@@ -2982,11 +2999,8 @@ class _Owner:
     def _position(self, kept: "Any", path: str) -> "Any":
         """Return up to where a file is settled by what was *kept*; where that cannot be, its beginning."""
         try:
-            offset, number, holes = kept.get(os.path.basename(path), (0, 0, []))
-            bounds = [0] + [int(bound) for start, _, end in holes for bound in (start, end)] + [int(offset)]
-            if bounds == sorted(bounds) and bounds[-1] <= os.lstat(path).st_size and int(number) >= 0:
-                return int(offset), int(number), [tuple(map(int, hole)) for hole in holes]
-        except (AttributeError, TypeError, ValueError, OverflowError, OSError):
+            return _position(os.lstat(path).st_size, *kept.get(os.path.basename(path), (0, 0, ())))
+        except (AttributeError, TypeError, ValueError, OSError):
             pass
         what = _printable(path), _printable(self.base)
         _log("warning", "%s is delivered from its beginning: %s.lock does not fit it", *what)
@@ -2994,15 +3008,23 @@ class _Owner:
 
     def note(self) -> None:
         """Remove the files that are done with, then note how far the others are settled."""
-        for file in self.files[:]:
-            if self.is_done(file):
-                self.files.remove(file)
-                _unlink(file.path)
+        stuck = None
+        for file in filter(self.is_done, self.files[:]):
+            self.files.remove(file)
+            try:
+                os.unlink(file.path)
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # it stays, and that it is done with
+                stuck = error
+                self.aside.append(file)
         files = self.files + self.aside
         kept = json.dumps({file.name: file.position() for file in files if file.offset or file.ranges[0][0]})
         os.lseek(self._lock_fd, 0, os.SEEK_SET)
         if os.write(self._lock_fd, kept.encode("ascii") + b"\n") <= len(kept):
             raise OSError(errno.ENOSPC, "there is no room")
+        if stuck is not None:
+            raise stuck
 
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done()
@@ -3585,7 +3607,7 @@ class _Outage:
     def warn(self, pending: int) -> None:
         """Log an outage when it begins, then once a minute; none that keeps nobody waiting: close() may have come."""
         now = _CLOCK.now()
-        if pending and now >= self._next_warning:
+        if pending and self.since is not None and now >= self._next_warning:
             self._next_warning = now + _WARN_EVERY
             _log("warning", "analysys: %d records wait, %s, trying again", pending, self.state())
 
@@ -4155,8 +4177,7 @@ class _Worker:
             except Exception as error:  # a disk that fails: the thread lives on
                 self._sender.outage.failed("%s: %s" % (type(error).__name__, error))
             self._changed.notify()
-            if self._sender.outage.since is not None:
-                self._sender.outage.warn(self.stats()["pending"])
+            self._sender.outage.warn(self.stats()["pending"])
             self._report()
         finally:
             self._turn.give()
@@ -4582,7 +4603,7 @@ class BatchCollecter(_Collecter):
         config["queue_timeout"] = _check("queue_timeout", queue_timeout)
         config["spool_path"] = spool_path
         if spool_path is not None:
-            config["spool_path"] = os.path.abspath(_check("spool_path", spool_path, "log_path"))
+            config["spool_path"] = _check("spool_path", spool_path, "log_path")
         config["spool_max_bytes"] = _check("spool_max_bytes", spool_max_bytes, "size")
         config["on_error"] = _check("on_error", on_error)
         self._start(config)
@@ -4639,7 +4660,7 @@ class LogCollecter(_Collecter):
         batch = _check("batch_num", batch_num, "size")
         self._start(
             {
-                "directory": os.path.abspath(_check("log_path", log_path)),
+                "directory": _check("log_path", log_path),
                 "pattern": _check("general_rule", general_rule),
                 "batch": batch if _check("is_batch", is_batch) else 1,
             }
@@ -6725,6 +6746,7 @@ def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text"
         raw: "Any" = io.open(0, "rb", closefd=False)
         while not _is_ready(raw):
             check()
+        _check_form(raw.peek(_HASHED))
         return _StreamText(path, raw, _unpacking(raw.peek(_HASHED), raw), check)
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     raw = io.open(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
@@ -6735,7 +6757,9 @@ def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text"
         head = raw.read(_HASHED)
         raw.seek(0)
         file = _unpacking(head, raw)
-        return (_Text if file is raw else _PackedText)(path, raw, file, check)
+        text = (_Text if file is raw else _PackedText)(path, raw, file, check)
+        _check_form(text.head)
+        return text
     except BaseException:
         raw.close()
         raise
@@ -6759,11 +6783,25 @@ def _unpacking(head: bytes, raw: "Any") -> "Any":
         except lzma.LZMAError as error:
             raise OSError("%s (at most %d bytes of memory; xz -d unpacks it)" % (error, _MAX_UNPACKING)) from None
         return lzma.LZMAFile(raw)
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        raise OSError("it is packed by zstd: unpack it first (zstd -d)")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"')):
-        raise OSError("it is UTF-16: convert it to UTF-8 first (iconv -f UTF-16 -t UTF-8)")
     return raw
+
+
+_OTHER_FORMS = (
+    ((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"'), "UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it (zstd -d)"),
+    (b"\x04\x22\x4d\x18", "packed by lz4", "unpack it (lz4 -d)"),
+    (b"\x1f\x9d", "packed by compress", "unpack it (uncompress)"),
+    (b"PK\3\4", "a zip archive", "unpack it (unzip)"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it (7z x)"),
+    (b"ustar", "a tar archive", "unpack it (tar -x)"),
+)
+
+
+def _check_form(head: bytes) -> None:
+    """Raise where a file that begins with *head* holds no lines, but what somebody has to unpack or convert first."""
+    for begins, form, advice in _OTHER_FORMS:
+        if head.startswith(begins) or head[257:262] == begins:  # where tar says what it is
+            raise OSError("it is %s: %s first" % (form, advice))
 
 
 def _is_ready(stream: "Any") -> bool:
@@ -6894,6 +6932,15 @@ class _Journal:
         self._fd = _open_own(self.path, os.O_RDWR)
         self._end, self._room = len(text), len(text) + _ROOM
 
+    def is_gone(self) -> bool:
+        """Tell whether somebody removed or replaced it."""
+        try:
+            return _inode(os.lstat(self.path)) != _inode(os.fstat(self._fd))
+        except FileNotFoundError:
+            return os.path.isdir(os.path.dirname(self.path))  # else there is no place for another one
+        except OSError:
+            return False
+
     def append(self, text: bytes) -> None:
         """Write lines, and make room for the next ones."""
         try:
@@ -6912,7 +6959,10 @@ class _Journal:
         """Have lines survive a power cut that are older than *age* seconds."""
         if self._fd >= 0 and _CLOCK.now() - self._synced_at >= age:
             self._synced_at = float("inf")
-            os.fsync(self._fd)
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Let other processes in."""
@@ -6944,16 +6994,16 @@ class _Checkpoint:
         self._last = 0  # the highest "n"
 
     def open(self, names: "Iterable[str]") -> None:
-        """Read the notes, and write them anew, compact; *names* are those of the files there are."""
+        """Read the notes, beside those in memory, and write all anew, compact; *names*: of the files there are."""
         if self.journal is None:
             return
         try:
             self._load(self.journal.open())
             self._forget(set(names))
-            self.journal.write_anew(_CHECKPOINT_HEAD + b"".join(map(_line, self._entries.values())))
+            self.journal.write_anew(_CHECKPOINT_HEAD + self._lines(self._entries.values()))
         except AnalysysPythonSdkFileException:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             message = "cannot use the checkpoint %s (--checkpoint FILE names another): %s" % (self.journal.path, error)
             raise AnalysysPythonSdkFileException(message) from error
 
@@ -6986,7 +7036,7 @@ class _Checkpoint:
         if self.journal is not None:
             for entry in entries:
                 self._keep(entry)
-            self.journal.append(b"".join(map(_line, entries)))
+            self.journal.append(self._lines(entries))
 
     def new(self, name: str) -> "Record":
         self._last += 1
@@ -7000,13 +7050,33 @@ class _Checkpoint:
         if entry["n"] not in found[-_LOOKED_AT:]:
             found.append(entry["n"])
 
+    @staticmethod
+    def _lines(entries: "Iterable[Record]") -> bytes:
+        """Return *entries* as lines, in ASCII: not every file's name is UTF-8."""
+        return b"".join([json.dumps(entry).encode("ascii") + b"\n" for entry in entries])
+
     def _load(self, text: bytes) -> None:
-        lines = text.split(b"\n")
+        lines, last = text.split(b"\n"), self._last
         if text.strip() and lines[0] != _CHECKPOINT_HEAD.strip():
             raise ValueError("it is no checkpoint of this version")
         for line in lines[1:]:
             if line and _damage(line) is None:  # a power cut may damage the last ones
-                self._keep(_decode(line))
+                entry = self._checked(_decode(line))
+                entry["n"] += last
+                self._keep(entry)
+
+    @staticmethod
+    def _checked(entry: "Record") -> "Record":
+        """Return *entry*, which was read from disk; raise ValueError where it is none of ours."""
+        try:
+            offset, number = entry["place"]
+            _position(_MAX_INTEGER, offset, number, entry.get("holes", ()))
+            values = [entry["n"], entry["name"], entry["settled"]] + entry["head"] + entry["tail"]
+            if list(map(type, values)) == [int, str, int, int, str, int, str]:
+                return entry
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise ValueError("somebody has changed it")
 
     def _forget(self, names: "set[str]") -> None:
         """Keep only the last entries of files that are not there any more."""
@@ -7109,6 +7179,8 @@ class _Places:
         """Remove files that are delivered, and neither of the current period nor the newest."""
         for path in self._files.listing.old(self._finished):
             identity, entry = self._finished.pop(path)
+            if entry.get("kept"):
+                continue
             checkpoint = self._checkpoints.of(path)
             if checkpoint.journal is not None:
                 checkpoint.journal.sync(0.0)
@@ -7200,7 +7272,7 @@ class _Shipment(_LineQueue):
                     del log.flight[line.start]
                 elif log.is_read:
                     log = self._source()
-            return left, True
+            return left, log is None  # else it waits for standard input
         except _Stopped:
             return left, False
         except Exception as error:  # what unpacks has many
@@ -7364,7 +7436,7 @@ def _ship(arguments: "Any", stop: "_Stop") -> int:
         shipment: "Any" = _Shipment(_Files(listing, stop.check), checkpoints, stop, arguments.history)
         sender = _Sender(transport, shipment, min(arguments.batch, _FIRST_BATCH), arguments.request_timeout)
         problem = _deliver(shipment, sender, arguments, stop)
-        return _sum_up(shipment, sender, checkpoints.rejected.values(), bool(stop.asked) and arguments.follow, problem)
+        return _sum_up(shipment, sender, checkpoints, bool(stop.asked) and arguments.follow, problem)
     finally:
         checkpoints.close()
         transport.close()
@@ -7389,6 +7461,7 @@ class _Checkpoints:
         self._only = only and os.path.abspath(only)
         self._listing = listing
         self._open: "Dict[str, _Checkpoint]" = {}  # by its path
+        self._sync_at = 0.0
         self.rejected: "Dict[str, _RejectedLog]" = {}  # by its directory, those that were written to
 
     def of(self, path: str) -> "_Checkpoint":
@@ -7400,8 +7473,11 @@ class _Checkpoints:
             where = self._only or os.path.join(os.path.abspath(folder), "upload.checkpoint")
         if where not in self._open:
             self._open[where] = _Checkpoint(_Journal(where) if where else None)
-            self._open[where].open(map(os.path.basename, self._listing.all()) if where else ())
+            self._open[where].open(self._names())
         return self._open[where]
+
+    def _names(self) -> "Iterator[str]":
+        return map(os.path.basename, self._listing.all())
 
     def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
         """Do as _RejectedLog.add() does."""
@@ -7409,13 +7485,27 @@ class _Checkpoints:
             journal = self.of(path).journal
             folder = os.path.dirname(journal.path) if journal is not None else os.getcwd()
             rejected = self.rejected.setdefault(folder, _RejectedLog(os.path.join(folder, "rejected.log")))
-            rejected.add(list(group), are_damaged)
+            some, missing = list(group), rejected.missing
+            rejected.add(some, are_damaged)
+            for line, _ in some:
+                entry = line.source.entry
+                entry["settled"] -= 1  # it counts what was delivered
+                if rejected.missing > missing:
+                    entry["kept"] = True  # the file, which alone has it
 
-    def warn(self) -> None:
+    def warn(self, at_once: bool = False) -> None:
         for rejected in self.rejected.values():
-            rejected.warn()
+            rejected.warn(at_once)
 
     def sync(self) -> None:
+        """See to it that the notes survive a power cut, and somebody who removes them, or their directory."""
+        now = _CLOCK.now()
+        if now >= self._sync_at:
+            self._sync_at = now + _SYNC_EVERY
+            for checkpoint in self._open.values():
+                if checkpoint.journal is not None and checkpoint.journal.is_gone():
+                    checkpoint.journal.close()
+                    checkpoint.open(self._names())
         for journal in self._journals():
             journal.sync(_SYNC_EVERY)
 
@@ -7466,7 +7556,7 @@ def _adapt(sender: "_Sender", took: float, most: int) -> None:
 
 
 def _sum_up(
-    shipment: "_Shipment", sender: "_Sender", rejected: "Iterable[_RejectedLog]", is_ended: bool, problem: str
+    shipment: "_Shipment", sender: "_Sender", checkpoints: "_Checkpoints", is_ended: bool, problem: str
 ) -> int:
     """Print what became of a shipment and return the exit status that says so."""
     counts = shipment.ledger.stats()
@@ -7474,8 +7564,10 @@ def _sum_up(
     shipment.close()
     left = ("" if is_all else "more than ") + str(remaining)
     _print("delivered %d, rejected %d, remaining %s" % (counts["delivered"], counts["rejected"], left))
-    if counts["rejected"]:
-        _print("the rejected ones are in %s" % ", ".join(_printable(one.path) for one in rejected))
+    checkpoints.warn(True)
+    for rejected in checkpoints.rejected.values():
+        but = ", but for %d" % rejected.missing if rejected.missing else ""
+        _print("the rejected ones are in %s%s" % (_printable(rejected.path), but))
     is_failing = sender.outage.since is not None
     if is_ended and not problem and not is_failing:  # what cannot be read has been named, and may be read next time
         return _SOME_REJECTED if counts["rejected"] else _DONE
