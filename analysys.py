@@ -222,6 +222,8 @@ _SPOOL_LOCK = r"\d{13,}-\d+-[0-9a-f]{8}\.lock"
 _SPOOL_FILE = r"\d{13,}-\d+-[0-9a-f]{8}\.\d{6,}\.log"
 _LOCKED_BYTE = 1 << 62  # the byte that Windows locks, far beyond any file's end
 _LOCK_NOW = 0 if fcntl is None else fcntl.LOCK_EX | fcntl.LOCK_NB
+# A lock of an open file, and one of a process, until it ends or closes any descriptor of that file
+_FLOCK, _LOCKF = getattr(fcntl, "flock", None), getattr(fcntl, "lockf", None)
 _LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's lock,
 _SHORT_LOCK_TIMEOUT = 0.05  # and once that was in vain: C6
 _LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
@@ -2358,17 +2360,7 @@ def _read_at(fd: int, offset: int, size: int) -> bytes:
 def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
     """Lock an open file against other processes; BlockingIOError where they hold it for *patience* seconds."""
     sleeper, deadline, pause = None, 0.0, 0.0  # sleeper: made where it is needed, most times it is not
-    while True:
-        try:
-            if fcntl is not None:
-                fcntl.flock(fd, _LOCK_NOW)
-            elif msvcrt is not None:
-                os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
+    while not _try_lock(fd, _FLOCK):
         if sleeper is None:
             sleeper, deadline = threading.Lock(), _CLOCK.now() + patience
             sleeper.acquire()
@@ -2377,6 +2369,22 @@ def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
             raise BlockingIOError(errno.EAGAIN, "another process has held its lock for %g s" % waited)
         _CLOCK.wait(sleeper, pause)
         pause = min(2 * pause + 0.0005, 0.01)
+
+
+def _try_lock(fd: int, lock: "Any") -> bool:
+    """Lock an open file by one of the system's two ways; return whether nobody else has it."""
+    try:
+        if fcntl is not None:
+            lock(fd, _LOCK_NOW)
+        elif msvcrt is not None:
+            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
+        return False
 
 
 def _unlock_file(fd: int) -> None:
@@ -2887,22 +2895,6 @@ def _hold(fd: int, patience: float) -> bool:
     return True
 
 
-def _lock_forever(fd: int) -> bool:
-    """Lock an open file until this process ends or closes it; return whether no other process has it."""
-    try:
-        if fcntl is not None:
-            fcntl.lockf(fd, _LOCK_NOW)
-        elif msvcrt is not None:
-            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            os.lseek(fd, 0, os.SEEK_SET)
-        return True
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise
-        return False
-
-
 class _SpoolFile(_Source):
     """A file of an owner."""
 
@@ -2969,7 +2961,7 @@ class _Owner:
         """Lock the files, if nobody else has; raise OSError where that cannot be tried."""
         fd = _open_own(self.base + ".lock", os.O_RDWR | flags)
         try:
-            if _lock_forever(fd) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
+            if _try_lock(fd, _LOCKF) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
                 self._lock_fd, fd = fd, self._lock_fd
                 self._take_room()
         finally:
@@ -6910,7 +6902,7 @@ class _Journal:
     def open(self) -> bytes:
         """Keep other processes away, and return what is there."""
         self._lock_fd = _open_own_lines(self.path + ".lock", 0o600)
-        if not _lock_forever(self._lock_fd):
+        if not _try_lock(self._lock_fd, _LOCKF):
             raise AnalysysPythonSdkFileException("another upload is at work: it holds %s.lock" % self.path)
         if not os.path.lexists(self.path):
             return b""
@@ -6986,7 +6978,7 @@ class _Checkpoint:
     Without a journal nothing is kept.
     """
 
-    def __init__(self, journal: "Optional[_Journal]") -> None:
+    def __init__(self, journal: "Any") -> None:
         self.journal = journal
         self._entries: "Dict[int, Record]" = {}  # by "n"; the one noted last at the end
         self._heads: "Dict[Tuple[int, str], List[int]]" = {}  # (how many first bytes, their hash) -> "n"; old ones too
@@ -6995,8 +6987,6 @@ class _Checkpoint:
 
     def open(self, names: "Iterable[str]") -> None:
         """Read the notes, beside those in memory, and write all anew, compact; *names*: of the files there are."""
-        if self.journal is None:
-            return
         try:
             self._load(self.journal.open())
             self._forget(set(names))
@@ -7182,8 +7172,7 @@ class _Places:
             if entry.get("kept"):
                 continue
             checkpoint = self._checkpoints.of(path)
-            if checkpoint.journal is not None:
-                checkpoint.journal.sync(0.0)
+            checkpoint.journal.sync(0.0)
             if _remove(path, identity) and "place" in entry:
                 entry["removed"] = True
                 checkpoint.note([entry])
@@ -7431,7 +7420,7 @@ def _ship(arguments: "Any", stop: "_Stop") -> int:
     checkpoints = _Checkpoints(arguments.checkpoint, listing)
     try:
         for path in arguments.path:
-            if os.path.isdir(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))):
+            if os.path.isdir(path) or os.path.isdir(os.path.dirname(path) or os.curdir):
                 checkpoints.of(path)
         shipment: "Any" = _Shipment(_Files(listing, stop.check), checkpoints, stop, arguments.history)
         sender = _Sender(transport, shipment, min(arguments.batch, _FIRST_BATCH), arguments.request_timeout)
@@ -7460,6 +7449,7 @@ class _Checkpoints:
     def __init__(self, only: str, listing: "_Listing") -> None:
         self._only = only and os.path.abspath(only)
         self._listing = listing
+        self._nowhere = _Checkpoint(None)
         self._open: "Dict[str, _Checkpoint]" = {}  # by its path
         self._sync_at = 0.0
         self.rejected: "Dict[str, _RejectedLog]" = {}  # by its directory, those that were written to
@@ -7467,12 +7457,11 @@ class _Checkpoints:
     def of(self, path: str) -> "_Checkpoint":
         """Return that of a file or directory, opened."""
         if path == "-":
-            where = ""
-        else:
-            folder = path if os.path.isdir(path) else os.path.dirname(path)
-            where = self._only or os.path.join(os.path.abspath(folder), "upload.checkpoint")
+            return self._nowhere
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        where = self._only or os.path.join(os.path.abspath(folder), "upload.checkpoint")
         if where not in self._open:
-            self._open[where] = _Checkpoint(_Journal(where) if where else None)
+            self._open[where] = _Checkpoint(_Journal(where))
             self._open[where].open(self._names())
         return self._open[where]
 
@@ -7483,7 +7472,7 @@ class _Checkpoints:
         """Do as _RejectedLog.add() does."""
         for path, group in itertools.groupby(lines, lambda entry: str(entry[0].source.text.path)):
             journal = self.of(path).journal
-            folder = os.path.dirname(journal.path) if journal is not None else os.getcwd()
+            folder = os.path.dirname(journal.path) if journal is not None else os.curdir
             rejected = self.rejected.setdefault(folder, _RejectedLog(os.path.join(folder, "rejected.log")))
             some, missing = list(group), rejected.missing
             rejected.add(some, are_damaged)
@@ -7503,18 +7492,14 @@ class _Checkpoints:
         if now >= self._sync_at:
             self._sync_at = now + _SYNC_EVERY
             for checkpoint in self._open.values():
-                if checkpoint.journal is not None and checkpoint.journal.is_gone():
+                if checkpoint.journal.is_gone():
                     checkpoint.journal.close()
                     checkpoint.open(self._names())
-        for journal in self._journals():
-            journal.sync(_SYNC_EVERY)
+                checkpoint.journal.sync(_SYNC_EVERY)
 
     def close(self) -> None:
-        for journal in self._journals():
-            journal.close()
-
-    def _journals(self) -> "List[_Journal]":
-        return [checkpoint.journal for checkpoint in self._open.values() if checkpoint.journal is not None]
+        for checkpoint in self._open.values():
+            checkpoint.journal.close()
 
 
 def _deliver(shipment: "_Shipment", sender: "_Sender", options: "Any", stop: "_Stop") -> str:
@@ -8097,7 +8082,7 @@ def _is_locked(path: str) -> bool:
     except OSError:
         return False
     try:
-        return not _lock_forever(fd)
+        return not _try_lock(fd, _LOCKF)
     except OSError:
         return False
     finally:

@@ -3899,12 +3899,12 @@ def test_leftovers_are_delivered_in_the_order_of_time_and_removed_locks_are_not_
         wait_until(lambda: len(list(tmp_path.iterdir())) == 1)
     owner, path = analysys._Owner(str(tmp_path), "0000000000003-1-00000000"), tmp_path / "0000000000003-1-00000000.lock"
     path.write_text("")
-    lock, analysys_lock = analysys._lock_forever, []
+    lock, analysys_lock = analysys._try_lock, []
     try:
-        analysys._lock_forever = lambda fd: analysys_lock.append(fd) or path.unlink() or lock(fd)
+        analysys._try_lock = lambda fd, way: analysys_lock.append(fd) or path.unlink() or lock(fd, way)
         assert owner.claim(0) is False and analysys_lock
     finally:
-        analysys._lock_forever = lock
+        analysys._try_lock = lock
 
 
 def test_what_on_error_tracks_in_a_spool_is_an_echo_and_ends(tmp_path):
