@@ -3627,6 +3627,7 @@ class _Sender:
     def __init__(self, transport: "_Transport", queue: "_Queue", most: int, timeout: float) -> None:
         self.most = most  # records a request
         self.timeout = timeout  # seconds a request
+        self.took = 0.0  # seconds of the last one
         self.outage = _Outage()
         self._transport = transport
         self._queue = queue
@@ -3637,13 +3638,15 @@ class _Sender:
 
     def attempt(self, timeout: "Optional[float]" = None) -> None:
         """Send one part, if there is any, within *timeout* seconds; settle, cut or keep it."""
-        part = self._turn_to_next()
+        self.took, part = 0.0, self._turn_to_next()
         if part is None:
             return
         if self.outage.since is not None:
             self._queue.ledger.add({"retries": 1})
         lines = [item[0] for item in part.items]
+        began = _CLOCK.now()
         verdict = _ask(self._transport, self._queue.ledger, lines, self.timeout if timeout is None else timeout)
+        self.took = _CLOCK.now() - began
         if verdict.kind == _RETRY:
             self._next = 0
             self.outage.failed(verdict.reason, verdict.wait)
@@ -7079,14 +7082,12 @@ def _sync_directory(path: str) -> None:
     """Have renames and removals in a directory survive a power cut, where the system can do that."""
     try:
         fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError:  # Windows
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
         pass
-    finally:
-        os.close(fd)
 
 
 # The queue
@@ -7220,7 +7221,6 @@ class _Shipment(_LineQueue):
         super().__init__(_Ledger(), checkpoints)  # type: ignore[arg-type]
         self.files = files
         self.places = _Places(files, checkpoints)
-        self.busy = 0.0  # seconds spent here, which no request took
         self._checkpoints = checkpoints
         self._stop = stop
         self._history = history
@@ -7228,20 +7228,13 @@ class _Shipment(_LineQueue):
         self._inhand: "List[Any]" = []  # what is taken so far, of a batch
 
     def take(self, most: int) -> "List[Item]":
-        began = _CLOCK.now()
         try:
             items = super().take(most)
         except _Stopped:
             items = []
-        self.busy += _CLOCK.now() - began
         if self._history:
             return [item._replace(text=_flagged(item.text)) for item in items]  # type: ignore[attr-defined]
         return items
-
-    def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
-        began = _CLOCK.now()
-        super().settle(items, error)
-        self.busy += _CLOCK.now() - began
 
     def due_at(self) -> float:
         """Return when take() is to be called next; infinity: there will be nothing."""
@@ -7394,19 +7387,14 @@ def _upload(arguments: "Any") -> int:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
     if not arguments.follow or arguments.dry_run:
-        for path in arguments.path:
-            _check_path(path)
+        for path in itertools.filterfalse(_is_there, arguments.path):
+            raise _illegal("PATH", path, "must be a directory, a file, or -")
     if "-" in arguments.path and arguments.follow:
         raise _illegal("PATH", "-", "cannot be followed: it ends by itself")
     with _Stop() as stop:
         if arguments.dry_run:
             return _check_files(_Listing(arguments.path, [], False), stop, arguments.json)
         return _ship(arguments, stop)
-
-
-def _check_path(path: str) -> None:
-    if path != "-" and not os.path.lexists(path):
-        raise _illegal("PATH", path, "must be a directory, a file, or -")
 
 
 def _ship(arguments: "Any", stop: "_Stop") -> int:
@@ -7508,9 +7496,8 @@ def _deliver(shipment: "_Shipment", sender: "_Sender", options: "Any", stop: "_S
     refusals, outage = shipment.ledger.refusals, sender.outage
     try:
         while not stop.asked:
-            began, shipment.busy = _CLOCK.now(), 0.0
             sender.attempt()
-            _adapt(sender, _CLOCK.now() - began - shipment.busy, options.batch)
+            _adapt(sender, options.batch)
             outage.warn(shipment.ledger.stats()["pending"])
             if refusals:
                 _log("error", "%s%s", refusals[0], " (and %d more)" % (len(refusals) - 1) if len(refusals) > 1 else "")
@@ -7532,11 +7519,11 @@ def _deliver(shipment: "_Shipment", sender: "_Sender", options: "Any", stop: "_S
     return ""
 
 
-def _adapt(sender: "_Sender", took: float, most: int) -> None:
+def _adapt(sender: "_Sender", most: int) -> None:
     """Have requests carry more where they take long, so that a far server costs little, and less where they fail."""
-    if sender.outage.since is not None or took > sender.timeout / 2:
+    if sender.outage.since is not None or sender.took > sender.timeout / 2:
         sender.most = max(1, sender.most // 2)
-    elif _LONG < took < sender.timeout / 4 or sender.most < _FIRST_BATCH:
+    elif _LONG < sender.took < sender.timeout / 4 or sender.most < _FIRST_BATCH:
         sender.most = min(most, sender.most * 2)
 
 
