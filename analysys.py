@@ -222,6 +222,8 @@ _SPOOL_LOCK = r"\d{13,}-\d+-[0-9a-f]{8}\.lock"
 _SPOOL_FILE = r"\d{13,}-\d+-[0-9a-f]{8}\.\d{6,}\.log"
 _LOCKED_BYTE = 1 << 62  # the byte that Windows locks, far beyond any file's end
 _LOCK_NOW = 0 if fcntl is None else fcntl.LOCK_EX | fcntl.LOCK_NB
+# A lock of an open file, and one of a process, until it ends or closes any descriptor of that file
+_FLOCK, _LOCKF = getattr(fcntl, "flock", None), getattr(fcntl, "lockf", None)
 _LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's lock,
 _SHORT_LOCK_TIMEOUT = 0.05  # and once that was in vain: C6
 _LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
@@ -947,7 +949,7 @@ def _directory(value: "Any") -> str:
     plain = os.fsdecode(value)
     if not plain or b"\0" in os.fsencode(plain):  # which may have no bytes for it
         raise ValueError
-    return plain
+    return os.path.abspath(plain)
 
 
 _EXHAUSTED = (RecursionError, MemoryError)
@@ -2415,17 +2417,7 @@ def _read_at(fd: int, offset: int, size: int) -> bytes:
 def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
     """Lock an open file against other processes; BlockingIOError where they hold it for *patience* seconds."""
     sleeper, deadline, pause = None, 0.0, 0.0  # sleeper: made where it is needed, most times it is not
-    while True:
-        try:
-            if fcntl is not None:
-                fcntl.flock(fd, _LOCK_NOW)
-            elif msvcrt is not None:
-                os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
+    while not _try_lock(fd, _FLOCK):
         if sleeper is None:
             sleeper, deadline = threading.Lock(), _CLOCK.now() + patience
             sleeper.acquire()
@@ -2434,6 +2426,22 @@ def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
             raise BlockingIOError(errno.EAGAIN, "another process has held its lock for %g s" % waited)
         _CLOCK.wait(sleeper, pause)
         pause = min(2 * pause + 0.0005, 0.01)
+
+
+def _try_lock(fd: int, lock: "Any") -> bool:
+    """Lock an open file by one of the system's two ways; return whether nobody else has it."""
+    try:
+        if fcntl is not None:
+            lock(fd, _LOCK_NOW)
+        elif msvcrt is not None:
+            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 0, os.SEEK_SET)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise OSError(error.errno, "the file system refuses to lock it: %s" % error) from None
+        return False
 
 
 def _unlock_file(fd: int) -> None:
@@ -2490,7 +2498,8 @@ class _RejectedLog(_SharedFile):
         super().__init__(path, 0o600, _open_own_lines)
         self.roll_size = roll_size
         self._coming = 0  # bytes that are about to be appended
-        self._lost: "Dict[str, int]" = {}  # why -> how many records are in none of the files, and it was not told yet
+        self.missing = 0  # records that are in none of the files,
+        self._lost: "Dict[str, int]" = {}  # and why -> how many, as far as that was not told yet
         self._tell_at = 0.0
 
     def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
@@ -2512,7 +2521,7 @@ class _RejectedLog(_SharedFile):
             self._tell_at = _CLOCK.now() + _WARN_EVERY
             lost, self._lost = self._lost, {}
             for why, number in lost.items():
-                _log("warning", "%d rejected records are no longer in %s: %s", number, _printable(self.path), why)
+                _log("warning", "%d rejected records are not in %s: %s", number, _printable(self.path), why)
 
     def _entry(self, line: "_Line", reason: str, is_damaged: bool) -> bytes:
         place = json.dumps({"file": line.file, "line": line.number, "reason": reason})[:-1].encode("ascii")
@@ -2532,7 +2541,11 @@ class _RejectedLog(_SharedFile):
             why = "it cannot be written: %s" % error
         finally:
             self.close()
-        self._lost[why] = self._lost.get(why, 0) + len(entries)
+        self._lose(len(entries), why)
+
+    def _lose(self, number: int, why: str) -> None:
+        self.missing += number
+        self._lost[why] = self._lost.get(why, 0) + number
 
     def _lock(self, patience: float, attempts: int = 100) -> int:
         size = super()._lock(patience, attempts)
@@ -2544,7 +2557,7 @@ class _RejectedLog(_SharedFile):
             number = _count_lines(oldest)
             os.replace(older, oldest)
             if number:
-                self._lost["the oldest file had to go"] = self._lost.get("the oldest file had to go", 0) + number
+                self._lose(number, "the oldest file had to go")
         except FileNotFoundError:
             pass
         os.replace(self.path, older)
@@ -2577,6 +2590,18 @@ def _count_lines(path: str) -> int:
 # One lock, _reading, guards the sources. take(), settle() and close() hold it, never while a request is under way; it
 # is re-entrant, for a signal handler. An exception out of a signal handler may come anywhere: lines that take() has in
 # hand then are put back, and a reader that was interrupted is made anew where the lines in flight end.
+
+# Up to where a file is settled: an offset, the number of lines before it, and the holes in that, which have both too.
+
+
+def _position(most: int, offset: int, number: int, holes: "Any") -> "Any":
+    """Return a position in a file of at most *most* bytes as it was noted on disk; raise where it cannot be one."""
+    bounds = [0] + [bound for start, _, end in holes for bound in (start, end)] + [offset, most]
+    numbers = [number] + [before for _, before, _ in holes]
+    if bounds != sorted(bounds) or min(numbers) < 0 or {int} != set(map(type, bounds + numbers)):
+        raise ValueError("there is no such place")
+    return offset, number, holes
+
 
 # A line as it is sent; the name of its file, its number there from 1, where it begins and ends there; how many bytes it
 # had (if more than it has, it was cut and is damaged); its source.
@@ -2931,22 +2956,6 @@ def _hold(fd: int, patience: float) -> bool:
     return True
 
 
-def _lock_forever(fd: int) -> bool:
-    """Lock an open file until this process ends or closes it; return whether no other process has it."""
-    try:
-        if fcntl is not None:
-            fcntl.lockf(fd, _LOCK_NOW)
-        elif msvcrt is not None:
-            os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            os.lseek(fd, 0, os.SEEK_SET)
-        return True
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise
-        return False
-
-
 class _SpoolFile(_Source):
     """A file of an owner."""
 
@@ -3013,7 +3022,7 @@ class _Owner:
         """Lock the files, if nobody else has; raise OSError where that cannot be tried."""
         fd = _open_own(self.base + ".lock", os.O_RDWR | flags)
         try:
-            if _lock_forever(fd) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
+            if _try_lock(fd, _LOCKF) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
                 self._lock_fd, fd = fd, self._lock_fd  # what was there before is closed below
                 self._take_room()
         finally:
@@ -3043,11 +3052,8 @@ class _Owner:
     def _position(self, kept: "Any", path: str) -> "Any":
         """Return up to where a file is settled by what was *kept*; where that cannot be, its beginning."""
         try:
-            offset, number, holes = kept.get(os.path.basename(path), (0, 0, []))
-            bounds = [0] + [int(bound) for start, _, end in holes for bound in (start, end)] + [int(offset)]
-            if bounds == sorted(bounds) and bounds[-1] <= os.lstat(path).st_size and int(number) >= 0:
-                return int(offset), int(number), [tuple(map(int, hole)) for hole in holes]
-        except (AttributeError, TypeError, ValueError, OverflowError, OSError):
+            return _position(os.lstat(path).st_size, *kept.get(os.path.basename(path), (0, 0, ())))
+        except (AttributeError, TypeError, ValueError, OSError):
             pass
         what = _printable(path), _printable(self.base)
         _log("warning", "%s is delivered from its beginning: %s.lock does not fit it", *what)
@@ -3057,15 +3063,23 @@ class _Owner:
         """Remove the files that are done with, then note how far the others are settled."""
         # In this order: killed in between, we leave a note about a file that is gone, which does no harm. The other way
         # round it would be a file about which there is no note, and all of it would come again.
-        for file in self.files[:]:
-            if self.is_done(file):
-                self.files.remove(file)
-                _unlink(file.path)
+        stuck = None
+        for file in filter(self.is_done, self.files[:]):
+            self.files.remove(file)
+            try:
+                os.unlink(file.path)
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # it stays, and that it is done with
+                stuck = error
+                self.aside.append(file)
         files = self.files + self.aside
         kept = json.dumps({file.name: file.position() for file in files if file.offset or file.ranges[0][0]})
         os.lseek(self._lock_fd, 0, os.SEEK_SET)
         if os.write(self._lock_fd, kept.encode("ascii") + b"\n") <= len(kept):
             raise OSError(errno.ENOSPC, "there is no room")
+        if stuck is not None:
+            raise stuck
 
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done()
@@ -3649,7 +3663,7 @@ class _Outage:
     def warn(self, pending: int) -> None:
         """Log an outage when it begins, then once a minute; none that keeps nobody waiting: close() may have come."""
         now = _CLOCK.now()
-        if pending and now >= self._next_warning:
+        if pending and self.since is not None and now >= self._next_warning:
             self._next_warning = now + _WARN_EVERY
             _log("warning", "analysys: %d records wait, %s, trying again", pending, self.state())
 
@@ -3677,6 +3691,7 @@ class _Sender:
     def __init__(self, transport: "_Transport", queue: "_Queue", most: int, timeout: float) -> None:
         self.most = most  # records a request
         self.timeout = timeout  # seconds a request
+        self.took = 0.0  # seconds of the last one
         self.outage = _Outage()
         self._transport = transport
         self._queue = queue
@@ -3687,13 +3702,15 @@ class _Sender:
 
     def attempt(self, timeout: "Optional[float]" = None) -> None:
         """Send one part, if there is any, within *timeout* seconds; settle, cut or keep it."""
-        part = self._turn_to_next()
+        self.took, part = 0.0, self._turn_to_next()
         if part is None:
             return
         if self.outage.since is not None:
             self._queue.ledger.add({"retries": 1})
         lines = [item[0] for item in part.items]
+        began = _CLOCK.now()
         verdict = _ask(self._transport, self._queue.ledger, lines, self.timeout if timeout is None else timeout)
+        self.took = _CLOCK.now() - began
         if verdict.kind == _RETRY:
             self._next = 0
             self.outage.failed(verdict.reason, verdict.wait)
@@ -4219,8 +4236,7 @@ class _Worker:
             except Exception as error:  # a disk that fails: the thread lives on
                 self._sender.outage.failed("%s: %s" % (type(error).__name__, error))
             self._changed.notify()
-            if self._sender.outage.since is not None:
-                self._sender.outage.warn(self.stats()["pending"])
+            self._sender.outage.warn(self.stats()["pending"])
             self._report()
         finally:
             self._turn.give()
@@ -4648,7 +4664,7 @@ class BatchCollecter(_Collecter):
         config["queue_timeout"] = _check("queue_timeout", queue_timeout)
         config["spool_path"] = spool_path
         if spool_path is not None:
-            config["spool_path"] = os.path.abspath(_check("spool_path", spool_path, "log_path"))
+            config["spool_path"] = _check("spool_path", spool_path, "log_path")
         config["spool_max_bytes"] = _check("spool_max_bytes", spool_max_bytes, "size")
         config["on_error"] = _check("on_error", on_error)
         self._start(config)
@@ -4705,7 +4721,7 @@ class LogCollecter(_Collecter):
         batch = _check("batch_num", batch_num, "size")
         self._start(
             {
-                "directory": os.path.abspath(_check("log_path", log_path)),
+                "directory": _check("log_path", log_path),
                 "pattern": _check("general_rule", general_rule),
                 "batch": batch if _check("is_batch", is_batch) else 1,
             }
@@ -6821,6 +6837,7 @@ def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text"
         raw: "Any" = io.open(0, "rb", closefd=False)
         while not _is_ready(raw):
             check()
+        _check_form(raw.peek(_HASHED))
         return _StreamText(path, raw, _unpacking(raw.peek(_HASHED), raw), check)
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     raw = io.open(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
@@ -6831,7 +6848,9 @@ def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text"
         head = raw.read(_HASHED)
         raw.seek(0)
         file = _unpacking(head, raw)
-        return (_Text if file is raw else _PackedText)(path, raw, file, check)
+        text = (_Text if file is raw else _PackedText)(path, raw, file, check)
+        _check_form(text.head)
+        return text
     except BaseException:
         raw.close()
         raise
@@ -6855,11 +6874,25 @@ def _unpacking(head: bytes, raw: "Any") -> "Any":
         except lzma.LZMAError as error:
             raise OSError("%s (at most %d bytes of memory; xz -d unpacks it)" % (error, _MAX_UNPACKING)) from None
         return lzma.LZMAFile(raw)
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        raise OSError("it is packed by zstd: unpack it first (zstd -d)")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"')):
-        raise OSError("it is UTF-16: convert it to UTF-8 first (iconv -f UTF-16 -t UTF-8)")
     return raw
+
+
+_OTHER_FORMS = (
+    ((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"'), "UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it (zstd -d)"),
+    (b"\x04\x22\x4d\x18", "packed by lz4", "unpack it (lz4 -d)"),
+    (b"\x1f\x9d", "packed by compress", "unpack it (uncompress)"),
+    (b"PK\3\4", "a zip archive", "unpack it (unzip)"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it (7z x)"),
+    (b"ustar", "a tar archive", "unpack it (tar -x)"),
+)
+
+
+def _check_form(head: bytes) -> None:
+    """Raise where a file that begins with *head* holds no lines, but what somebody has to unpack or convert first."""
+    for begins, form, advice in _OTHER_FORMS:
+        if head.startswith(begins) or head[257:262] == begins:  # where tar says what it is
+            raise OSError("it is %s: %s first" % (form, advice))
 
 
 def _is_ready(stream: "Any") -> bool:
@@ -6968,7 +7001,7 @@ class _Journal:
     def open(self) -> bytes:
         """Keep other processes away, and return what is there."""
         self._lock_fd = _open_own_lines(self.path + ".lock", 0o600)
-        if not _lock_forever(self._lock_fd):
+        if not _try_lock(self._lock_fd, _LOCKF):
             raise AnalysysPythonSdkFileException("another upload is at work: it holds %s.lock" % self.path)
         if not os.path.lexists(self.path):
             return b""
@@ -6990,6 +7023,15 @@ class _Journal:
         self._fd = _open_own(self.path, os.O_RDWR)
         self._end, self._room = len(text), len(text) + _ROOM
 
+    def is_gone(self) -> bool:
+        """Tell whether somebody removed or replaced it."""
+        try:
+            return _inode(os.lstat(self.path)) != _inode(os.fstat(self._fd))
+        except FileNotFoundError:
+            return os.path.isdir(os.path.dirname(self.path))  # else there is no place for another one
+        except OSError:
+            return False
+
     def append(self, text: bytes) -> None:
         """Write lines, and make room for the next ones."""
         try:
@@ -7008,7 +7050,10 @@ class _Journal:
         """Have lines survive a power cut that are older than *age* seconds."""
         if self._fd >= 0 and _CLOCK.now() - self._synced_at >= age:
             self._synced_at = float("inf")
-            os.fsync(self._fd)
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Let other processes in."""
@@ -7032,7 +7077,7 @@ class _Checkpoint:
     Without a journal nothing is kept.
     """
 
-    def __init__(self, journal: "Optional[_Journal]") -> None:
+    def __init__(self, journal: "Any") -> None:
         self.journal = journal
         self._entries: "Dict[int, Record]" = {}  # by "n"; the one noted last at the end
         self._heads: "Dict[Tuple[int, str], List[int]]" = {}  # (how many first bytes, their hash) -> "n"; old ones too
@@ -7040,16 +7085,14 @@ class _Checkpoint:
         self._last = 0  # the highest "n"
 
     def open(self, names: "Iterable[str]") -> None:
-        """Read the notes, and write them anew, compact; *names* are those of the files there are."""
-        if self.journal is None:
-            return
+        """Read the notes, beside those in memory, and write all anew, compact; *names*: of the files there are."""
         try:
             self._load(self.journal.open())
             self._forget(set(names))
-            self.journal.write_anew(_CHECKPOINT_HEAD + b"".join(map(_line, self._entries.values())))
+            self.journal.write_anew(_CHECKPOINT_HEAD + self._lines(self._entries.values()))
         except AnalysysPythonSdkFileException:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             message = "cannot use the checkpoint %s (--checkpoint FILE names another): %s" % (self.journal.path, error)
             raise AnalysysPythonSdkFileException(message) from error
 
@@ -7082,7 +7125,7 @@ class _Checkpoint:
         if self.journal is not None:
             for entry in entries:
                 self._keep(entry)
-            self.journal.append(b"".join(map(_line, entries)))
+            self.journal.append(self._lines(entries))
 
     def new(self, name: str) -> "Record":
         self._last += 1
@@ -7096,13 +7139,33 @@ class _Checkpoint:
         if entry["n"] not in found[-_LOOKED_AT:]:
             found.append(entry["n"])
 
+    @staticmethod
+    def _lines(entries: "Iterable[Record]") -> bytes:
+        """Return *entries* as lines, in ASCII: not every file's name is UTF-8."""
+        return b"".join([json.dumps(entry).encode("ascii") + b"\n" for entry in entries])
+
     def _load(self, text: bytes) -> None:
-        lines = text.split(b"\n")
+        lines, last = text.split(b"\n"), self._last
         if text.strip() and lines[0] != _CHECKPOINT_HEAD.strip():
             raise ValueError("it is no checkpoint of this version")
         for line in lines[1:]:
             if line and _damage(line) is None:  # a power cut may damage the last ones
-                self._keep(_decode(line))
+                entry = self._checked(_decode(line))
+                entry["n"] += last
+                self._keep(entry)
+
+    @staticmethod
+    def _checked(entry: "Record") -> "Record":
+        """Return *entry*, which was read from disk; raise ValueError where it is none of ours."""
+        try:
+            offset, number = entry["place"]
+            _position(_MAX_INTEGER, offset, number, entry.get("holes", ()))
+            values = [entry["n"], entry["name"], entry["settled"]] + entry["head"] + entry["tail"]
+            if list(map(type, values)) == [int, str, int, int, str, int, str]:
+                return entry
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise ValueError("somebody has changed it")
 
     def _forget(self, names: "set[str]") -> None:
         """Keep only the last entries of files that are not there any more."""
@@ -7115,14 +7178,12 @@ def _sync_directory(path: str) -> None:
     """Have renames and removals in a directory survive a power cut, where the system can do that."""
     try:
         fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError:  # Windows
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
         pass
-    finally:
-        os.close(fd)
 
 
 # The queue
@@ -7205,9 +7266,10 @@ class _Places:
         """Remove files that are delivered, and neither of the current period nor the newest."""
         for path in self._files.listing.old(self._finished):
             identity, entry = self._finished.pop(path)
+            if entry.get("kept"):
+                continue
             checkpoint = self._checkpoints.of(path)
-            if checkpoint.journal is not None:
-                checkpoint.journal.sync(0.0)
+            checkpoint.journal.sync(0.0)
             if _remove(path, identity) and "place" in entry:
                 entry["removed"] = True
                 checkpoint.note([entry])
@@ -7255,7 +7317,6 @@ class _Shipment(_LineQueue):
         super().__init__(_Ledger(), checkpoints)  # type: ignore[arg-type]
         self.files = files
         self.places = _Places(files, checkpoints)
-        self.busy = 0.0  # seconds spent here, which no request took
         self._checkpoints = checkpoints
         self._stop = stop
         self._history = history
@@ -7263,20 +7324,13 @@ class _Shipment(_LineQueue):
         self._inhand: "List[Any]" = []  # what is taken so far, of a batch
 
     def take(self, most: int) -> "List[Item]":
-        began = _CLOCK.now()
         try:
             items = super().take(most)
         except _Stopped:
             items = []
-        self.busy += _CLOCK.now() - began
         if self._history:
             return [item._replace(text=_flagged(item.text)) for item in items]  # type: ignore[attr-defined]
         return items
-
-    def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
-        began = _CLOCK.now()
-        super().settle(items, error)
-        self.busy += _CLOCK.now() - began
 
     def due_at(self) -> float:
         """Return when take() is to be called next; infinity: there will be nothing."""
@@ -7297,7 +7351,7 @@ class _Shipment(_LineQueue):
                     del log.flight[line.start]
                 if not lines and log.is_read:
                     log = self._source()
-            return left, True
+            return left, log is None  # else it waits for standard input
         except _Stopped:
             return left, False
         except Exception as error:  # what unpacks has many
@@ -7430,19 +7484,14 @@ def _upload(arguments: "Any") -> int:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
     if not arguments.follow or arguments.dry_run:
-        for path in arguments.path:
-            _check_path(path)
+        for path in itertools.filterfalse(_is_there, arguments.path):
+            raise _illegal("PATH", path, "must be a directory, a file, or -")
     if "-" in arguments.path and arguments.follow:
         raise _illegal("PATH", "-", "cannot be followed: it ends by itself")
     with _Stop() as stop:
         if arguments.dry_run:
             return _check_files(_Listing(arguments.path, [], False), stop, arguments.json)
         return _ship(arguments, stop)
-
-
-def _check_path(path: str) -> None:
-    if path != "-" and not os.path.lexists(path):
-        raise _illegal("PATH", path, "must be a directory, a file, or -")
 
 
 def _ship(arguments: "Any", stop: "_Stop") -> int:
@@ -7456,12 +7505,12 @@ def _ship(arguments: "Any", stop: "_Stop") -> int:
     checkpoints = _Checkpoints(arguments.checkpoint, listing)
     try:
         for path in arguments.path:
-            if os.path.isdir(path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))):
+            if os.path.isdir(path) or os.path.isdir(os.path.dirname(path) or os.curdir):
                 checkpoints.of(path)
         shipment: "Any" = _Shipment(_Files(listing, stop.check), checkpoints, stop, arguments.history)
         sender = _Sender(transport, shipment, min(arguments.batch, _FIRST_BATCH), arguments.request_timeout)
         problem = _deliver(shipment, sender, arguments, stop)
-        return _sum_up(shipment, sender, checkpoints.rejected.values(), bool(stop.asked) and arguments.follow, problem)
+        return _sum_up(shipment, sender, checkpoints, bool(stop.asked) and arguments.follow, problem)
     finally:
         checkpoints.close()
         transport.close()
@@ -7485,43 +7534,57 @@ class _Checkpoints:
     def __init__(self, only: str, listing: "_Listing") -> None:
         self._only = only and os.path.abspath(only)
         self._listing = listing
+        self._nowhere = _Checkpoint(None)
         self._open: "Dict[str, _Checkpoint]" = {}  # by its path
+        self._sync_at = 0.0
         self.rejected: "Dict[str, _RejectedLog]" = {}  # by its directory, those that were written to
 
     def of(self, path: str) -> "_Checkpoint":
         """Return that of a file or directory, opened."""
         if path == "-":
-            where = ""
-        else:
-            folder = path if os.path.isdir(path) else os.path.dirname(path)
-            where = self._only or os.path.join(os.path.abspath(folder), "upload.checkpoint")
+            return self._nowhere
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        where = self._only or os.path.join(os.path.abspath(folder), "upload.checkpoint")
         if where not in self._open:
-            self._open[where] = _Checkpoint(_Journal(where) if where else None)
-            self._open[where].open(map(os.path.basename, self._listing.all()) if where else ())
+            self._open[where] = _Checkpoint(_Journal(where))
+            self._open[where].open(self._names())
         return self._open[where]
+
+    def _names(self) -> "Iterator[str]":
+        return map(os.path.basename, self._listing.all())
 
     def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
         """Do as _RejectedLog.add() does."""
         for path, group in itertools.groupby(lines, lambda entry: str(entry[0].source.text.path)):
             journal = self.of(path).journal
-            folder = os.path.dirname(journal.path) if journal is not None else os.getcwd()
+            folder = os.path.dirname(journal.path) if journal is not None else os.curdir
             rejected = self.rejected.setdefault(folder, _RejectedLog(os.path.join(folder, "rejected.log")))
-            rejected.add(list(group), are_damaged)
+            some, missing = list(group), rejected.missing
+            rejected.add(some, are_damaged)
+            for line, _ in some:
+                entry = line.source.entry
+                entry["settled"] -= 1  # it counts what was delivered
+                if rejected.missing > missing:
+                    entry["kept"] = True  # the file, which alone has it
 
-    def warn(self) -> None:
+    def warn(self, at_once: bool = False) -> None:
         for rejected in self.rejected.values():
-            rejected.warn()
+            rejected.warn(at_once)
 
     def sync(self) -> None:
-        for journal in self._journals():
-            journal.sync(_SYNC_EVERY)
+        """See to it that the notes survive a power cut, and somebody who removes them, or their directory."""
+        now = _CLOCK.now()
+        if now >= self._sync_at:
+            self._sync_at = now + _SYNC_EVERY
+            for checkpoint in self._open.values():
+                if checkpoint.journal.is_gone():
+                    checkpoint.journal.close()
+                    checkpoint.open(self._names())
+                checkpoint.journal.sync(_SYNC_EVERY)
 
     def close(self) -> None:
-        for journal in self._journals():
-            journal.close()
-
-    def _journals(self) -> "List[_Journal]":
-        return [checkpoint.journal for checkpoint in self._open.values() if checkpoint.journal is not None]
+        for checkpoint in self._open.values():
+            checkpoint.journal.close()
 
 
 def _deliver(shipment: "_Shipment", sender: "_Sender", options: "Any", stop: "_Stop") -> str:
@@ -7530,9 +7593,8 @@ def _deliver(shipment: "_Shipment", sender: "_Sender", options: "Any", stop: "_S
     refusals, outage = shipment.ledger.refusals, sender.outage
     try:
         while not stop.asked:
-            began, shipment.busy = _CLOCK.now(), 0.0
             sender.attempt()
-            _adapt(sender, _CLOCK.now() - began - shipment.busy, options.batch)
+            _adapt(sender, options.batch)
             outage.warn(shipment.ledger.stats()["pending"])
             if refusals:
                 _log("error", "%s%s", refusals[0], " (and %d more)" % (len(refusals) - 1) if len(refusals) > 1 else "")
@@ -7554,16 +7616,16 @@ def _deliver(shipment: "_Shipment", sender: "_Sender", options: "Any", stop: "_S
     return ""
 
 
-def _adapt(sender: "_Sender", took: float, most: int) -> None:
+def _adapt(sender: "_Sender", most: int) -> None:
     """Have requests carry more where they take long, so that a far server costs little, and less where they fail."""
-    if sender.outage.since is not None or took > sender.timeout / 2:
+    if sender.outage.since is not None or sender.took > sender.timeout / 2:
         sender.most = max(1, sender.most // 2)
-    elif _LONG < took < sender.timeout / 4 or sender.most < _FIRST_BATCH:
+    elif _LONG < sender.took < sender.timeout / 4 or sender.most < _FIRST_BATCH:
         sender.most = min(most, sender.most * 2)
 
 
 def _sum_up(
-    shipment: "_Shipment", sender: "_Sender", rejected: "Iterable[_RejectedLog]", is_ended: bool, problem: str
+    shipment: "_Shipment", sender: "_Sender", checkpoints: "_Checkpoints", is_ended: bool, problem: str
 ) -> int:
     """Print what became of a shipment and return the exit status that says so."""
     counts = shipment.ledger.stats()
@@ -7571,8 +7633,10 @@ def _sum_up(
     shipment.close()
     left = ("" if is_all else "more than ") + str(remaining)
     _print("delivered %d, rejected %d, remaining %s" % (counts["delivered"], counts["rejected"], left))
-    if counts["rejected"]:
-        _print("the rejected ones are in %s" % ", ".join(_printable(one.path) for one in rejected))
+    checkpoints.warn(True)
+    for rejected in checkpoints.rejected.values():
+        but = ", but for %d" % rejected.missing if rejected.missing else ""
+        _print("the rejected ones are in %s%s" % (_printable(rejected.path), but))
     is_failing = sender.outage.since is not None
     if is_ended and not problem and not is_failing:  # what cannot be read has been named, and may be read next time
         return _SOME_REJECTED if counts["rejected"] else _DONE
@@ -8101,7 +8165,7 @@ def _is_locked(path: str) -> bool:
     except OSError:
         return False
     try:
-        return not _lock_forever(fd)
+        return not _try_lock(fd, _LOCKF)
     except OSError:
         return False
     finally:

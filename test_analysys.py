@@ -2875,6 +2875,17 @@ def test_a_line_that_comes_inside_a_write_is_written_when_that_write_ends(tmp_pa
     assert at > 20
 
 
+@linux_only
+@pytest.mark.parametrize("make", ["BatchCollecter(url, spool_path='spool')", "LogCollecter('logs')"])
+def test_a_relative_path_where_the_current_directory_is_gone_is_refused_by_its_name(make):
+    run("""
+        os.chdir(tempfile.mkdtemp())
+        os.rmdir(os.getcwd())
+        error = error_of(lambda: %s)
+        assert isinstance(error, ValueError) and "_path is" in str(error), error
+    """ % make, before="import tempfile\n")
+
+
 @posix_only
 def test_new_log_files_are_0640_less_the_umask(tmp_path):
     before = os.umask(0)
@@ -3761,6 +3772,30 @@ def test_two_users_share_a_spool_and_what_one_may_not_read_holds_up_neither():
 
 
 @root_only
+def test_what_is_delivered_and_cannot_be_removed_is_not_delivered_again():
+    with tempfile.TemporaryDirectory() as name, FaultyServer() as server:
+        leave(pathlib.Path(name), "left")
+        for path in [name] + [os.path.join(name, found) for found in os.listdir(name)]:
+            os.chown(path, 1, 1)
+        for then in "leave", "remove":
+            run(ANOTHER_USER + """
+    analysys._LOOK_EVERY = analysys._NOTICE_EVERY = 0.02
+    collecter = BatchCollecter(url, spool_path=folder, queue_cache_max_size=1)
+    collecter.uploadData(event("own"))
+    os.chmod(folder, 0o%d00)
+    collecter.flush()
+    looks = collecter._state()._queue._leftovers
+    for _ in range(3):
+        before = looks.look_at
+        wait_until(lambda: looks.look_at > before)
+    collecter.close()
+    assert len(logged) == %d, logged
+    os.chmod(folder, 0o700)
+            """ % ((5, 1) if then == "leave" else (7, 0)), server.url, name)
+        assert sorted(server.names) == ["before", "before", "left", "own", "own"] and os.listdir(name) == []
+
+
+@root_only
 def test_while_a_directory_may_not_be_written_or_searched_calls_say_so_and_afterwards_all_goes_on():
     with tempfile.TemporaryDirectory() as name, FaultyServer() as server:
         os.chown(name, 1, 1)
@@ -3883,7 +3918,7 @@ def test_a_flood_of_refused_records_stays_within_the_limit_of_the_spool_and_what
             kept = sum(len(path.read_bytes().splitlines()) for path in tmp_path.glob("rejected.log*"))
             assert set(sizes) == {"rejected.log", "rejected.log.1", "rejected.log.2"} and max(sizes.values()) <= 4000
             assert collecter.stats()["rejected"] == 120
-        dropped = [int(entry.args[0]) for entry in entries if "no longer in" in entry.getMessage()]
+        dropped = [int(entry.args[0]) for entry in entries if "records are not in" in entry.getMessage()]
         assert sum(dropped) + kept == 120 and len(dropped) <= 3
 
 
@@ -3952,12 +3987,12 @@ def test_leftovers_are_delivered_in_the_order_of_time_and_removed_locks_are_not_
         wait_until(lambda: len(list(tmp_path.iterdir())) == 1)
     owner, path = analysys._Owner(str(tmp_path), "0000000000003-1-00000000"), tmp_path / "0000000000003-1-00000000.lock"
     path.write_text("")
-    lock, analysys_lock = analysys._lock_forever, []
+    lock, analysys_lock = analysys._try_lock, []
     try:
-        analysys._lock_forever = lambda fd: analysys_lock.append(fd) or path.unlink() or lock(fd)
+        analysys._try_lock = lambda fd, way: analysys_lock.append(fd) or path.unlink() or lock(fd, way)
         assert owner.claim(0) is False and analysys_lock
     finally:
-        analysys._lock_forever = lock
+        analysys._try_lock = lock
 
 
 def test_what_on_error_tracks_in_a_spool_is_an_echo_and_ends(tmp_path):
@@ -7504,7 +7539,7 @@ def test_the_exit_status_tells_done_rejected_and_not_delivered(tmp_path):
         damaged, refused = rejected_in(folder)
         assert (damaged["file"], damaged["line"], refused["file"], refused["line"]) == (path.name, 4, path.name, 2)
         assert "unknown event" in refused["reason"] and "JSON" in damaged["reason"]
-        assert ship(folder, "--server", server.url) == (0, NOTHING_NEW % 5, "")
+        assert ship(folder, "--server", server.url) == (0, NOTHING_NEW % 3, "")      # what was rejected was not delivered
     for ends in "\n", "":                                              # a last line that lacks its newline counts too
         path.write_text(lines_of("x", "y") + lines_of("z").rstrip() + ends)
         with FaultyServer(then=then_fail) as server:
@@ -7755,6 +7790,67 @@ def test_a_checkpoint_that_cannot_be_used_is_an_error_in_one_sentence_and_nothin
         assert server.requests == []
 
 
+@table("key, value", [
+    ("holes", [[5, 0, 1]]), ("holes", [[-9, 0, 50]]), ("holes", [[0, 0, 9], [0, 0, 9]]), ("holes", [["a", "b", "c"]]), ("holes", 5),
+    ("place", [-5, 0]), ("place", [10 ** 30, 5]), ("place", [1.5, 2]), ("place", "x"), ("place", None), ("n", None), ("n", "1"),
+    ("name", ["a"]), ("settled", "x"), ("head", 5), ("tail", ["a", "b"]), ("tail", None)])
+def test_a_checkpoint_that_somebody_has_changed_is_an_error_that_names_it_and_nothing_is_sent(tmp_path, key, value):
+    log_file(tmp_path / "datas_2018072510.log", "a", "b")
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url).status == 0
+        point = tmp_path / "upload.checkpoint"
+        head, entry = point.read_text().splitlines()[:2]
+        point.write_text("%s\n%s\n" % (head, json.dumps(dict(json.loads(entry), **{key: value}))))
+        shipped = ship(tmp_path, "--server", server.url)
+        assert (shipped.status, shipped.err.count("\n"), len(server.requests)) == (2, 1, 1) and str(point) in shipped.err
+
+
+@posix_only
+def test_a_checkpoint_that_is_removed_or_whose_directory_is_replaced_meanwhile_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysys, "_SYNC_EVERY", 0.02)
+    folder, point = tmp_path / "logs", tmp_path / "logs" / "upload.checkpoint"
+    folder.mkdir()
+    log_file(folder / "datas_1.log", "a")
+    with FaultyServer() as server:
+        def acts():
+            wait_until(lambda: server.names == ["a"])
+            point.unlink()
+            wait_until(point.exists)
+            folder.rename(tmp_path / "old")
+            folder.mkdir()
+            log_file(folder / "datas_2.log", "b")
+            log_file(folder / "datas_3.log", "c")
+            wait_until(lambda: server.names == ["a", "b", "c"] and point.exists())
+        assert follow(monkeypatch, acts, folder, "--server", server.url).status == 0
+        assert ship(folder, "--server", server.url).out == NOTHING_NEW % 2
+        assert ship(tmp_path / "old", "--server", server.url).out == NOTHING_NEW % 1
+
+
+@linux_only
+def test_a_file_whose_name_is_not_utf_8_is_delivered_once_like_any_other(tmp_path):
+    log_file(tmp_path / "datas_1.log", "a")
+    for name in b"datas_2.\xff.log", b"datas_3.\xe4\x1b[2J.log":
+        log_file(pathlib.Path(os.fsdecode(os.path.join(os.fsencode(str(tmp_path)), name))), name[:7].decode(), ends="damaged\n")
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url)
+        assert shipped.out.startswith("delivered 3, rejected 2, remaining 0\n") and "\x1b" not in shipped.out + shipped.err
+        assert ship(tmp_path, "--server", server.url) == (0, NOTHING_NEW % 3, "")
+
+
+def test_a_checkpoint_whose_fsync_fails_is_named(tmp_path, monkeypatch):
+    log_file(tmp_path / "datas_1.log", "a")
+    kept = os.fsync
+
+    def failing(fd):                                   # no file system here would say EIO
+        if server.requests:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        kept(fd)
+    monkeypatch.setattr(os, "fsync", failing)
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url)
+    assert shipped.status == 2 and str(tmp_path / "upload.checkpoint") in shipped.err and shipped.err.count("\n") == 1
+
+
 @posix_only
 def test_follow_ships_what_grows_and_rotates_waits_for_the_end_of_a_line_and_stops_on_sigterm(tmp_path, monkeypatch):
     path = log_file(tmp_path / "datas_2018072510.log", "a", ends=lines_of("b")[:40])
@@ -7832,7 +7928,8 @@ def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path):
         started.stdin.flush()
         wait_until(lambda: server.names == ["a"])
         started.send_signal(signal.SIGTERM)
-        started.wait(20)
+        assert started.wait(20) == 2                   # more may come, or half a line has come
+        assert started.stdout.read().startswith(b"delivered 1, rejected 0, remaining more than 0\n")
 
 
 def test_delete_removes_what_is_wholly_delivered_but_never_the_current_periods_nor_the_newest(tmp_path):
@@ -7860,6 +7957,23 @@ def test_delete_removes_what_is_wholly_delivered_but_never_the_current_periods_n
         assert names.issuperset(current) or time.localtime().tm_hour != moment.tm_hour
         assert ship(tmp_path, "--server", server.url, "--delete").status == 0
         assert not grows.exists() and server.names.count("i") == server.names.count("h") == 1
+
+
+def test_delete_keeps_a_file_that_alone_has_what_was_rejected_and_the_last_words_tell(tmp_path):
+    path = log_file(tmp_path / "datas_2018072510.log", "a", ends="damaged\n")
+    log_file(tmp_path / "datas_2018072511.log", "b")
+    (tmp_path / "rejected.log").mkdir()
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url, "--delete")
+        assert (shipped.status, server.names) == (1, ["a", "b"]) and "but for 1\n" in shipped.out
+        assert ship(tmp_path, "--server", server.url, "--delete").out == NOTHING_NEW % 2 and path.exists()
+
+
+def test_refusals_are_no_outage(tmp_path):
+    log_file(tmp_path / "datas_1.log", *numbered("e", 8))
+    with FaultyServer(then=refuse("e1", "e5")) as server, logged() as entries:
+        assert ship(tmp_path, "--server", server.url).status == 1
+    assert {entry.levelname for entry in entries} == {"ERROR"}
 
 
 def test_delete_delivers_no_event_again_where_a_copy_or_gz_of_a_removed_file_is_there(tmp_path):
@@ -8150,6 +8264,20 @@ def test_what_is_wrong_is_said_clearly_and_holds_up_no_other_file(tmp_path):
         assert shipped.status == 2 and server.names[0] == "a" and server.names[-1] == "z" and len(server.names) > 100
         assert [word in shipped.err for word in ("zstd", "UTF-16", "datas_4.log", "datas_5.log")] == [True] * 4
         assert "rejected 3," in shipped.out and shipped.err.count("\n") == 5
+
+
+@table("word, data", [
+    ("a zip archive", b"PK\3\4" + lines_of("a").encode()), ("a 7z archive", b"7z\xbc\xaf...."),
+    ("packed by lz4", b"\x04\x22\x4d\x18...."), ("packed by compress", b"\x1f\x9d...."), ("UTF-16", lines_of("a").encode("utf-16-le")),
+    ("a tar archive", b"datas_1.log".ljust(257, b"\0") + b"ustar\n" + lines_of("a").encode())])
+def test_what_has_to_be_unpacked_or_converted_first_is_named_and_neither_rejected_nor_removed(tmp_path, word, data):
+    for number, packed in enumerate((data, gzip.compress(data))):
+        (tmp_path / ("datas_%d.log.x" % number)).write_bytes(packed)
+    log_file(tmp_path / "datas_9.log", "z")
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url, "--delete")
+        assert (shipped.status, server.names, shipped.err.count("it is %s:" % word)) == (2, ["z"], 3)
+        assert shipped.out == "delivered 1, rejected 0, remaining 0\n" and len(list(tmp_path.glob("datas_?.log.x"))) == 2
 
 
 def test_usage_is_explained(tmp_path):
