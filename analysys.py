@@ -6918,20 +6918,19 @@ class _Journal:
         draft = self.path + ".new"
         if os.path.lexists(draft):
             os.unlink(draft)
-        fd = _open_own_lines(draft, 0o600)
+        fd = _open_own(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             _write_all(fd, text + b"\n" * _ROOM)
             os.fsync(fd)
             os.replace(draft, self.path)
+            fd, self._fd = self._fd, fd  # not opened by its path, which may be another one by now
         except BaseException:
             _unlink(draft)  # it may be what fills the disk
             raise
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
         _sync_directory(os.path.dirname(self.path))
-        fd, self._fd = self._fd, _open_own(self.path, os.O_RDWR)
-        if fd >= 0:
-            os.close(fd)
         self._end, self._room = len(text), len(text) + _ROOM
         self._most = max(_ROLL_SIZE, 4 * len(text))
 
