@@ -6996,6 +6996,7 @@ class _Journal:
         self.path = path
         self._lock_fd = self._fd = -1
         self._end = self._room = 0  # where the next line goes, and where the blank lines end that it replaces
+        self._most = 0  # how far it may grow
         self._synced_at = float("inf")  # `_CLOCK`; when the oldest line came that may not survive a power cut
 
     def open(self) -> bytes:
@@ -7013,15 +7014,25 @@ class _Journal:
         draft = self.path + ".new"
         if os.path.lexists(draft):
             os.unlink(draft)
-        self._fd = _open_own_lines(draft, 0o600)
-        self._write(0, text + b"\n" * _ROOM)
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        os.replace(draft, self.path)
+        fd = _open_own(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            _write_all(fd, text + b"\n" * _ROOM)
+            os.fsync(fd)
+            os.replace(draft, self.path)
+            fd, self._fd = self._fd, fd  # not opened by its path, which may be another one by now
+        except BaseException:
+            _unlink(draft)  # it may be what fills the disk
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
         _sync_directory(os.path.dirname(self.path))
-        self._fd = _open_own(self.path, os.O_RDWR)
         self._end, self._room = len(text), len(text) + _ROOM
+        self._most = max(_ROLL_SIZE, 4 * len(text))
+
+    def is_long(self) -> bool:
+        """Tell whether it has grown so much that it is better written anew."""
+        return self._end > self._most
 
     def is_gone(self) -> bool:
         """Tell whether somebody removed or replaced it."""
@@ -7088,13 +7099,20 @@ class _Checkpoint:
         """Read the notes, beside those in memory, and write all anew, compact; *names*: of the files there are."""
         try:
             self._load(self.journal.open())
-            self._forget(set(names))
-            self.journal.write_anew(_CHECKPOINT_HEAD + self._lines(self._entries.values()))
+            self.make_compact(names)
         except AnalysysPythonSdkFileException:
             raise
         except (OSError, ValueError) as error:
             message = "cannot use the checkpoint %s (--checkpoint FILE names another): %s" % (self.journal.path, error)
             raise AnalysysPythonSdkFileException(message) from error
+
+    def make_compact(self, names: "Iterable[str]") -> None:
+        """Write down the last note of each file anew, but for old ones of files that are not there any more."""
+        there = set(names)
+        gone = [n for n, entry in self._entries.items() if entry.get("removed") or entry["name"] not in there]
+        for n in gone[:-_REMOVED_KEPT]:
+            del self._entries[n]
+        self.journal.write_anew(_CHECKPOINT_HEAD + self._lines(self._entries.values()))
 
     def known(self, name: str, head: bytes) -> "List[Record]":
         """Return the entries that may be about a file that begins with *head*; those of its name first.
@@ -7142,7 +7160,7 @@ class _Checkpoint:
     @staticmethod
     def _lines(entries: "Iterable[Record]") -> bytes:
         """Return *entries* as lines, in ASCII: not every file's name is UTF-8."""
-        return b"".join([json.dumps(entry).encode("ascii") + b"\n" for entry in entries])
+        return b"".join([json.dumps(entry, separators=(",", ":")).encode("ascii") + b"\n" for entry in entries])
 
     def _load(self, text: bytes) -> None:
         lines, last = text.split(b"\n"), self._last
@@ -7166,12 +7184,6 @@ class _Checkpoint:
         except (KeyError, TypeError, ValueError):
             pass
         raise ValueError("somebody has changed it")
-
-    def _forget(self, names: "set[str]") -> None:
-        """Keep only the last entries of files that are not there any more."""
-        gone = [n for n, entry in self._entries.items() if entry.get("removed") or entry["name"] not in names]
-        for n in gone[:-_REMOVED_KEPT]:
-            del self._entries[n]
 
 
 def _sync_directory(path: str) -> None:
@@ -7572,15 +7584,21 @@ class _Checkpoints:
             rejected.warn(at_once)
 
     def sync(self) -> None:
-        """See to it that the notes survive a power cut, and somebody who removes them, or their directory."""
-        now = _CLOCK.now()
-        if now >= self._sync_at:
-            self._sync_at = now + _SYNC_EVERY
-            for checkpoint in self._open.values():
-                if checkpoint.journal.is_gone():
-                    checkpoint.journal.close()
-                    checkpoint.open(self._names())
-                checkpoint.journal.sync(_SYNC_EVERY)
+        """See to it that the notes survive a power cut, are not lost with their file, and do not fill the disk."""
+        if _CLOCK.now() < self._sync_at:
+            return
+        self._sync_at = _CLOCK.now() + _SYNC_EVERY
+        for checkpoint in self._open.values():
+            journal = checkpoint.journal
+            if journal.is_gone():
+                journal.close()
+                checkpoint.open(self._names())
+            elif journal.is_long():
+                try:
+                    checkpoint.make_compact(self._names())
+                except OSError:  # no room, say: it goes on as it is
+                    pass
+            journal.sync(_SYNC_EVERY)
 
     def close(self) -> None:
         for checkpoint in self._open.values():

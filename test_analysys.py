@@ -7826,6 +7826,27 @@ def test_a_checkpoint_that_is_removed_or_whose_directory_is_replaced_meanwhile_i
         assert ship(tmp_path / "old", "--server", server.url).out == NOTHING_NEW % 1
 
 
+def test_the_journal_of_a_shipment_that_never_ends_is_made_compact_and_nothing_comes_twice(tmp_path, monkeypatch):
+    for name in "_ROLL_SIZE", "_ROOM", "_SYNC_EVERY":
+        monkeypatch.setattr(analysys, name, 0)
+    log_file(tmp_path / "datas_1.log", *numbered("e", 60))
+    point = tmp_path / "upload.checkpoint"
+
+    def in_the_way(server, request):                           # it cannot be made compact then: it goes on as it is
+        (tmp_path / "upload.checkpoint.new").mkdir(exist_ok=True)
+        return accept(server, request)
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url, "--batch", "1").status == 0
+        assert len(server.requests) == 60 and len(point.read_text().splitlines()) < 10
+        log_file(tmp_path / "datas_2.log", *numbered("f", 60))
+        server.then = in_the_way
+        assert ship(tmp_path, "--server", server.url, "--batch", "1").status == 0
+        assert len(server.requests) == 120 and len(point.read_text().splitlines()) > 60
+        (tmp_path / "upload.checkpoint.new").rmdir()
+        assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 120
+    assert server.names == numbered("e", 60) + numbered("f", 60)
+
+
 @linux_only
 def test_a_file_whose_name_is_not_utf_8_is_delivered_once_like_any_other(tmp_path):
     log_file(tmp_path / "datas_1.log", "a")
