@@ -5695,7 +5695,7 @@ def _serve(arguments: "Any") -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _print("serving on %s" % site.url)
         if not is_private:
-            _print("analysys: whoever reaches %s can read what comes in" % site.address, sys.stderr)
+            _print("analysys: whoever reaches %s can read what comes in" % site.address, "stderr")
         site.printer.run()
     except KeyboardInterrupt:
         for number, _ in kept:
@@ -6453,7 +6453,7 @@ class _Listing:
         text = message % tuple(map(_printable, values))
         if text not in self._told:
             self._told.add(text)
-            _print("analysys: " + text, sys.stderr)
+            _print("analysys: " + text, "stderr")
 
     def _list(self, folder: str) -> "List[str]":
         """Return the log files in a directory, and name what else looks like records."""
@@ -7507,7 +7507,7 @@ def _sum_up(
     problem = problem or ", ".join(list(shipment.files.listing.problems.values())[:1])
     if remaining or not is_all or problem:
         why = sender.outage.state() if is_failing else problem or "it was stopped"
-        _print("analysys: not all is delivered: %s" % why, sys.stderr)
+        _print("analysys: not all is delivered: %s" % why, "stderr")
         return _NOT_DELIVERED
     if not counts["delivered"] and not counts["rejected"]:
         _print("nothing new, {:,} delivered before".format(shipment.places.before))
@@ -7682,7 +7682,7 @@ def _check_files(listing: "_Listing", stop: "_Stop", as_json: bool) -> int:
         _print_inventory(found)
     if listing.problems or is_stopped:
         why = (list(listing.problems.values()) + ["it was stopped"])[0]
-        _print("analysys: not all is checked: %s" % why, sys.stderr)
+        _print("analysys: not all is checked: %s" % why, "stderr")
         return _NOT_DELIVERED
     return _SOME_REJECTED if found["errors"] or found["conflicts"] else _DONE
 
@@ -8103,7 +8103,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         _print_error("analysys", error)
         return _WRONG_USAGE
     except KeyboardInterrupt:
-        _print("analysys: it was stopped", sys.stderr)
+        _print("analysys: it was stopped", "stderr")
     except BaseException as error:  # whatever it is, it is one sentence
         known = isinstance(error, (AnalysysPythonSdkException, OSError))
         _print_error("analysys" if known else "analysys: %s" % type(error).__name__, error)
@@ -8171,7 +8171,7 @@ def _parsed(parser: "Any", argv: "Optional[List[str]]") -> "Tuple[Any, int]":
         out, err = sys.stdout.getvalue(), sys.stderr.getvalue()
     finally:
         sys.stdout, sys.stderr = streams
-    _print((err.strip().splitlines() or [""])[-1] if status else out.rstrip(), sys.stderr if status else sys.stdout)
+    _print((err.strip().splitlines() or [""])[-1] if status else out.rstrip(), "stderr" if status else "stdout")
     return None, status
 
 
@@ -8203,21 +8203,20 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _print(text: str, file: "Any" = None) -> None:
+def _print(text: str, stream: str = "stdout") -> None:
     """Print *text*, also where not all of it can be shown, and where there is nobody left to read it."""
-    file = file or sys.stdout
+    file = getattr(sys, stream)
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+        if file is not None:  # it is closed from the start
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
     except (OSError, ValueError, AttributeError):  # closed or full: and exit, which flushes again, would fail
-        for name in ("stdout", "stderr"):
-            if getattr(sys, name) is file and file is not None:
-                setattr(sys, name, io.open(os.devnull, "w"))
+        setattr(sys, stream, io.open(os.devnull, "w"))
 
 
 def _print_error(what: str, error: BaseException, *_: "Any") -> None:
     """Print *error* as one line on stderr."""
-    _print("%s: %s" % (what, _printable(str(error) or type(error).__name__)), sys.stderr)
+    _print("%s: %s" % (what, _printable(str(error) or type(error).__name__)), "stderr")
 
 
 def _has_colours() -> bool:

@@ -7004,6 +7004,7 @@ def test_a_closed_or_full_output_ends_nothing():
         line = '"$0" -m analysys "$@" ' + shell
         done = subprocess.run(["sh", "-c", line, sys.executable] + command, stdout=subprocess.PIPE, timeout=60, cwd=HERE)
         assert done.returncode == (64 if "x" in command else 0)
+        assert "error" not in done.stdout.decode()     # which is for what was asked for
     commands, shells = [["demo"], ["serve", "--port", "x"]], [">/dev/full 2>&1", ">&- 2>&-", "2>&-", "2>/dev/full"]
     all_at_once(end, [(command, shell) for command in commands for shell in shells])
 
