@@ -2,7 +2,7 @@
 # Copyright (c) 2026 the analysys.py authors; the licence's notice stands below the manual.
 """analysys: server-side events for Analysys Ark (易观方舟), in one file with no dependency.
 
-An independent implementation, not the vendor's. 独立实现,非官方。
+An independent implementation, not the vendor's. 独立实现，非官方。
 
 An import defines names and loads light modules of the standard library, no more: no socket, thread, handler, hook or
 file. A *tracker* checks a call and makes one record of it; a *collecter* brings the record to the platform:
