@@ -5920,11 +5920,15 @@ function plain(value) {
   }
 }
 
+// As JSON escapes them: control characters, and marks that turn the order of letters, so that exe.png is no png.exe.
+const visible = text => text.replace(/[\0-\t\v-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
+  mark => "\\u" + mark.charCodeAt(0).toString(16).padStart(4, "0"));
+
 // Everything that is shown is made here, as text: what an event holds never becomes markup.
 function make(tag, name, text, ...children) {
   const element = document.createElement(tag);
   if (name) element.className = name;
-  if (text !== undefined) element.textContent = text;
+  if (text !== undefined) element.textContent = visible(text);
   element.append(...children);
   return element;
 }
@@ -6017,7 +6021,7 @@ function step(by) {
 
 // ---- One record: its exact text, in lines
 function pretty(raw) {
-  const pieces = [""], tokens = raw.match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
+  const pieces = [""], tokens = visible(raw).match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
   const opens = token => token === "{" || token === "[", closes = token => token === "}" || token === "]";
   const say = text => { pieces[pieces.length - 1] += text; };
   let depth = 0;
@@ -6035,7 +6039,7 @@ function pretty(raw) {
 }
 
 function open(event) {
-  $("title").textContent = event.what || "?";
+  $("title").textContent = visible(event.what || "?");
   $("reason").textContent = event.reason || "";
   $("json").replaceChildren(...(event.record === null ? [t("large")] : pretty(event.raw)));
   $("detail").hidden = false;
