@@ -5533,7 +5533,8 @@ class _Site(Receiver):
     def _stream(self, request: "_Request") -> "_Reply":
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else 0
-        headers = dict(_HEADERS, **{"Content-Type": "text/event-stream; charset=utf-8"})
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}  # nginx would gather it
+        headers.update(_HEADERS)
         return _Reply(200, headers, lambda connection: self._follow(connection, start))
 
     def _follow(self, connection: "_Connection", start: int) -> None:
@@ -8022,7 +8023,7 @@ def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_
     waits, files, since = _waiting(path, is_spool, deadline)
     if files:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-        text = "{:,} lines wait in {:,} files, since {}".format(waits, files, when)
+        text = "{:,} lines wait in {:,} files, since {} or before".format(waits, files, when)
         advice = "a program that spools there will deliver them" if is_spool else None
         yield _Finding("WARN" if is_spool else "OK", text, advice)
 
@@ -8245,7 +8246,6 @@ def _demo(arguments: "Any") -> int:
     """Run the scenario through all collecters and show what arrived."""
     import tempfile
 
-    os.environ["no_proxy"] = "*"  # the receiver is on this machine
     rows, done, sent, received, server = [], [], 0, 0, _DemoReceiver()
     with tempfile.TemporaryDirectory() as directory, server:
         for name, make in (

@@ -6432,7 +6432,8 @@ def test_demo_shows_all_records_three_times_from_a_folder_that_holds_the_file_al
             assert word in done.out.lower()
         assert "ABCD123456" in done.out and "zhangsan" in done.out and "JS" in done.out
     shutil.copy(SOURCE, str(tmp_path))
-    all_at_once(demo, [([], {}), (["-I", "-S", "-OO"], {"LC_ALL": "C"}), ([], {"PYTHONIOENCODING": "ascii"})])
+    all_at_once(demo, [([], {}), (["-I", "-S", "-OO"], {"LC_ALL": "C"}), ([], {"PYTHONIOENCODING": "ascii"}),
+                       ([], {"http_proxy": URL})])
     assert os.listdir(str(tmp_path)) == ["analysys.py"]
 
 
@@ -6618,7 +6619,7 @@ def test_a_stream_sends_each_event_once_and_goes_on_after_the_last_that_was_seen
             until(lambda sent: sent.count(b"\nid: ") == 1)
             post(server.url, encode([record("u", "A"), record("u", "B")]))
             sent = until(lambda sent: sent.count(b"\nid: ") == 3)
-            assert b"text/event-stream" in sent and b"\r\n\r\nretry: " in sent
+            assert b"text/event-stream" in sent and b"\r\nX-Accel-Buffering: no\r\n" in sent and b"\r\n\r\nretry: " in sent
             lines = re.findall(rb"(?<=\n)id: (\d+)\ndata: (.*)\n", sent)
             assert [json.loads(line.decode()) for _, line in lines] == seen(server.url)
             assert [int(number) for number, _ in lines] == [event["n"] for event in seen(server.url)]
