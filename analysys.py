@@ -2,7 +2,7 @@
 # Copyright (c) 2026 the analysys.py authors; the licence's notice stands below the manual.
 """analysys: server-side events for Analysys Ark (易观方舟), in one file with no dependency.
 
-An independent implementation, not the vendor's. 独立实现,非官方。
+An independent implementation, not the vendor's. 独立实现，非官方。
 
 An import defines names and loads light modules of the standard library, no more: no socket, thread, handler, hook or
 file. A *tracker* checks a call and makes one record of it; a *collecter* brings the record to the platform:
@@ -5620,7 +5620,8 @@ class _Site(Receiver):
     def _stream(self, request: "_Request") -> "_Reply":
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else 0
-        headers = dict(_HEADERS, **{"Content-Type": "text/event-stream; charset=utf-8"})
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}  # nginx would gather it
+        headers.update(_HEADERS)
         return _Reply(200, headers, lambda connection: self._follow(connection, start))
 
     def _follow(self, connection: "_Connection", start: int) -> None:
@@ -5782,7 +5783,7 @@ def _serve(arguments: "Any") -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _print("serving on %s" % site.url)
         if not is_private:
-            _print("analysys: whoever reaches %s can read what comes in" % site.address, sys.stderr)
+            _print("analysys: whoever reaches %s can read what comes in" % site.address, "stderr")
         site.printer.run()
     except KeyboardInterrupt:
         for number, _ in kept:
@@ -6007,11 +6008,15 @@ function plain(value) {
   }
 }
 
+// As JSON escapes them: control characters, and marks that turn the order of letters, so that exe.png is no png.exe.
+const visible = text => text.replace(/[\0-\t\v-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
+  mark => "\\u" + mark.charCodeAt(0).toString(16).padStart(4, "0"));
+
 // Everything that is shown is made here, as text: what an event holds never becomes markup.
 function make(tag, name, text, ...children) {
   const element = document.createElement(tag);
   if (name) element.className = name;
-  if (text !== undefined) element.textContent = text;
+  if (text !== undefined) element.textContent = visible(text);
   element.append(...children);
   return element;
 }
@@ -6104,7 +6109,7 @@ function step(by) {
 
 // ---- One record: its exact text, in lines
 function pretty(raw) {
-  const pieces = [""], tokens = raw.match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
+  const pieces = [""], tokens = visible(raw).match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
   const opens = token => token === "{" || token === "[", closes = token => token === "}" || token === "]";
   const say = text => { pieces[pieces.length - 1] += text; };
   let depth = 0;
@@ -6122,7 +6127,7 @@ function pretty(raw) {
 }
 
 function open(event) {
-  $("title").textContent = event.what || "?";
+  $("title").textContent = visible(event.what || "?");
   $("reason").textContent = event.reason || "";
   $("json").replaceChildren(...(event.record === null ? [t("large")] : pretty(event.raw)));
   $("detail").hidden = false;
@@ -6540,7 +6545,7 @@ class _Listing:
         text = message % tuple(map(_printable, values))
         if text not in self._told:
             self._told.add(text)
-            _print("analysys: " + text, sys.stderr)
+            _print("analysys: " + text, "stderr")
 
     def _list(self, folder: str) -> "List[str]":
         """Return the log files in a directory, and name what else looks like records."""
@@ -7661,7 +7666,7 @@ def _sum_up(
     problem = problem or ", ".join(list(shipment.files.listing.problems.values())[:1])
     if remaining or not is_all or problem:
         why = sender.outage.state() if is_failing else problem or "it was stopped"
-        _print("analysys: not all is delivered: %s" % why, sys.stderr)
+        _print("analysys: not all is delivered: %s" % why, "stderr")
         return _NOT_DELIVERED
     if not counts["delivered"] and not counts["rejected"]:
         _print("nothing new, {:,} delivered before".format(shipment.places.before))
@@ -7837,7 +7842,7 @@ def _check_files(listing: "_Listing", stop: "_Stop", as_json: bool) -> int:
         _print_inventory(found)
     if listing.problems or is_stopped:
         why = (list(listing.problems.values()) + ["it was stopped"])[0]
-        _print("analysys: not all is checked: %s" % why, sys.stderr)
+        _print("analysys: not all is checked: %s" % why, "stderr")
         return _NOT_DELIVERED
     return _SOME_REJECTED if found["errors"] or found["conflicts"] else _DONE
 
@@ -8171,7 +8176,7 @@ def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_
     waits, files, since = _waiting(path, is_spool, deadline)
     if files:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-        text = "{:,} lines wait in {:,} files, since {}".format(waits, files, when)
+        text = "{:,} lines wait in {:,} files, since {} or before".format(waits, files, when)
         advice = "a program that spools there will deliver them" if is_spool else None
         yield _Finding("WARN" if is_spool else "OK", text, advice)
 
@@ -8256,7 +8261,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         _print_error("analysys", error)
         return _WRONG_USAGE
     except KeyboardInterrupt:
-        _print("analysys: it was stopped", sys.stderr)
+        _print("analysys: it was stopped", "stderr")
     except BaseException as error:  # whatever it is, it is one sentence
         known = isinstance(error, (AnalysysPythonSdkException, OSError))
         _print_error("analysys" if known else "analysys: %s" % type(error).__name__, error)
@@ -8324,7 +8329,7 @@ def _parsed(parser: "Any", argv: "Optional[List[str]]") -> "Tuple[Any, int]":
         out, err = sys.stdout.getvalue(), sys.stderr.getvalue()
     finally:
         sys.stdout, sys.stderr = streams
-    _print((err.strip().splitlines() or [""])[-1] if status else out.rstrip(), sys.stderr if status else sys.stdout)
+    _print((err.strip().splitlines() or [""])[-1] if status else out.rstrip(), "stderr" if status else "stdout")
     return None, status
 
 
@@ -8356,23 +8361,22 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _print(text: str, file: "Any" = None) -> None:
+def _print(text: str, stream: str = "stdout") -> None:
     """Print *text*, also where not all of it can be shown, and where there is nobody left to read it."""
-    file = file or sys.stdout
+    file = getattr(sys, stream)
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        # With its newline in one step: a signal that ends us here must not leave half a line for the last words.
-        file.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        file.flush()
+        if file is not None:  # it is closed from the start
+            # With its newline in one step: a signal that ends us here must not leave half a line for the last words.
+            file.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+            file.flush()
     except (OSError, ValueError, AttributeError):  # closed or full: and exit, which flushes again, would fail
-        for name in ("stdout", "stderr"):
-            if getattr(sys, name) is file and file is not None:
-                setattr(sys, name, io.open(os.devnull, "w"))
+        setattr(sys, stream, io.open(os.devnull, "w"))
 
 
 def _print_error(what: str, error: BaseException, *_: "Any") -> None:
     """Print *error* as one line on stderr."""
-    _print("%s: %s" % (what, _printable(str(error) or type(error).__name__)), sys.stderr)
+    _print("%s: %s" % (what, _printable(str(error) or type(error).__name__)), "stderr")
 
 
 def _has_colours() -> bool:
@@ -8397,7 +8401,6 @@ def _demo(arguments: "Any") -> int:
     """Run the scenario through all collecters and show what arrived."""
     import tempfile
 
-    os.environ["no_proxy"] = "*"  # the receiver is on this machine
     rows, done, sent, received, server = [], [], 0, 0, _DemoReceiver()
     with tempfile.TemporaryDirectory() as directory, server:
         for name, make in (

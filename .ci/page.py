@@ -295,6 +295,11 @@ def step_hostile_records_are_text(browser, url):
     browser.click("#tab-events")
     assert browser.run("document.title") == "analysys"
     assert rows(browser, "who")[-1] == HOSTILE[0]
+    assert rows(browser, "who")[-5] == "\\u202egnp.exe" and "a\\u0000b\\u001b[31m" in rows(browser, "who")
+    browser.run("document.querySelectorAll('#rows .who')[%d].click()" % (2 * len(HOSTILE) - 5))
+    shown = browser.run("$('json').textContent")
+    assert "\u202e" not in shown and json.loads(shown)["xwho"] == HOSTILE[2]
+    browser.type(ESCAPE)
 
 
 def step_a_record_of_any_size_and_depth_opens_and_hides_no_other(browser, url):
