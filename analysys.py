@@ -1881,6 +1881,9 @@ def _is_quiet(sock: "Any") -> bool:
     what nobody asked for, which over TLS may have been read from the system already."""
     import select
 
+    # The original where eventlet has replaced it: its own yields, to who may read from this very connection.
+    patcher: "Any" = sys.modules.get("eventlet.patcher")
+    select = patcher.original("select") if hasattr(patcher, "original") else select
     try:
         if getattr(sock, "pending", int)():
             return False
@@ -4095,7 +4098,8 @@ class _Worker:
                 self._thread = thread
                 thread.start()
             except BaseException as error:
-                self._thread = None
+                if not thread.is_alive():  # else it had begun when a signal handler raised
+                    self._thread = None
                 if not isinstance(error, (RuntimeError, MemoryError)):
                     raise
             finally:
@@ -4154,6 +4158,11 @@ class _Worker:
     # What the sending thread does
 
     def _run(self) -> None:
+        me = threading.current_thread()
+        if self._thread is None:  # what interrupted start() took us for one that had not begun
+            self._thread = me
+        if self._thread is not me:  # and meanwhile there is another
+            return
         try:
             while not self._is_finished():
                 if not self._step():

@@ -2,6 +2,7 @@
 
 Servers, proxies and processes are real, on free loopback ports; nothing waits for the clock but `wait_until`.
 """
+import _thread
 import base64
 import collections
 import concurrent.futures
@@ -2563,6 +2564,25 @@ def test_what_others_wrote_is_made_printable_and_short(text, shown):
     assert analysys._printable(text) == shown
 
 
+@posix_only
+def test_where_eventlet_has_replaced_select_an_idle_connection_is_looked_at_by_the_original():
+    with Server() as server:
+        run("""
+            import select, types
+
+            def green(*_):
+                raise RuntimeError("Second simultaneous read")
+            original = types.SimpleNamespace(**vars(select))
+            del select.poll
+            select.select = green
+            sys.modules["eventlet.patcher"] = types.SimpleNamespace(original=lambda name: original)
+            with tracker_to(DefaultCollecter(url)) as tracker:
+                tracker.track("u", "First")
+                tracker.track("u", "Second")
+        """, server.url)
+        assert (len(server.records), server.connections) == (2, 1)
+
+
 # ---------------------------------------------------------------------------
 # Queues: log files
 # ---------------------------------------------------------------------------
@@ -5096,6 +5116,33 @@ def test_wherever_a_small_record_comes_into_the_put_of_a_large_one_no_room_is_lo
         disturbed(lambda: queue.put(b"x" * 40000), step, lambda: queue.put(b"{}\n"))      # all of it, and a third
         queue.settle(queue.take(9))
         assert queue.put(b"x" * 40000)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_start_of_the_sending_thread_that_is_interrupted_leaves_one_such_thread(monkeypatch, is_late):
+    def start(thread, begin=threading.Thread.start):
+        if thread.name != "analysys-sender":
+            return begin(thread)
+        if is_late:
+            _thread.start_new_thread(begin, (thread,))
+        else:
+            begin(thread)
+        raise Interrupt
+
+    def senders():
+        return [thread for thread in threading.enumerate() if thread.name == "analysys-sender"]
+    wait_until(lambda: not senders())
+    with FaultyServer() as server, batch(server) as (collecter, tracker):
+        monkeypatch.setattr(threading.Thread, "start", start)
+        for name in numbered("e", 5):
+            with contextlib.suppress(Interrupt):
+                track(tracker, name)
+        monkeypatch.undo()
+        track(tracker, "last")
+        tracker.flush()
+        assert server.names == numbered("e", 5) + ["last"]
+        wait_until(lambda: len(senders()) == 1)
+        assert collecter._state()._thread == senders()[0]
 
 
 def test_a_put_whose_record_is_taken_meanwhile_has_put_it():
