@@ -1561,7 +1561,9 @@ class _Transport:
     def where(self) -> str:
         """Return the address posted to and the proxy on the way to it, for messages, without credentials."""
         proxy = self.proxy()
-        return _printable(self._url) + (proxy and " through the proxy " + _printable(proxy))
+        scheme = self._proxies.get(self._request.type, "").partition("://")[0].lower()
+        other = proxy and re.match("socks", scheme) and ", to which we speak HTTP and not %s" % _printable(scheme)
+        return _printable(self._url) + (proxy and " through the proxy " + _printable(proxy)) + (other or "")
 
     def proxy(self) -> str:
         """Return host and port of the proxy, without credentials; "" where there is none."""

@@ -2532,6 +2532,7 @@ def test_an_https_address_whose_port_answers_in_plain_http_is_told_so():
 @table("proxy, shown, said", [
     ("http://user:secret@127.0.0.1:%d", "127.0.0.1:%d", "the proxy wants credentials"),
     ("http://user:secret@127.0.0.1:port%d", "127.0.0.1:port%d", "is no http://host:port"),
+    ("socks5h://user:secret@127.0.0.1:%d", "127.0.0.1:%d, to which we speak HTTP and not socks5h", ""),
     ("http://user:top/secret@127.0.0.1:%d/", "127.0.0.1:%d", ""),
     ("http:/user:secret@127.0.0.1:%d", "127.0.0.1:%d", "")])
 def test_a_message_names_the_proxy_but_no_credentials(monkeypatch, scheme, proxy, shown, said):
