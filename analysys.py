@@ -3978,14 +3978,15 @@ class _Worker:
     `_phase` only grows, `_goal` is written by who has the turn, and who wants it higher sets `_hurried` after its put,
     which is cleared before the goal is read. A __del__, a signal handler or a fork may come in anywhere.
 
-    The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()).
+    The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()). Nor does it
+    hold on_error, which may lead to the collecter, before that is dropped: until then its configuration holds both.
     """
 
     def __init__(
         self, queue: "_Queue", sender: "_Sender", due_size: int, patience: "Optional[float]", on_error: "OnError"
     ) -> None:
         self.pid = os.getpid()
-        self.on_error = on_error
+        self._on_error: "Callable[[], OnError]" = _weakly(on_error)
         self._queue = queue
         self._sender = sender
         self._due_size = due_size
@@ -4000,6 +4001,14 @@ class _Worker:
     @property
     def closed(self) -> bool:
         return self._phase >= _CLOSING
+
+    @property
+    def on_error(self) -> "OnError":
+        return self._on_error()
+
+    @on_error.setter
+    def on_error(self, on_error: "OnError") -> None:
+        self._on_error = lambda: on_error
 
     # What callers do
 
@@ -4249,8 +4258,9 @@ class _Worker:
         while refusals:
             error = refusals[0]  # flush() waits until it is gone
             try:
-                if self.on_error is not None and not error.is_echo:
-                    _tell(self.on_error, error, error.records)
+                on_error = self.on_error
+                if on_error is not None and not error.is_echo:
+                    _tell(on_error, error, error.records)
                 else:
                     _log("error", "%d records are lost: %s", len(error.records), error)
             finally:
@@ -4262,6 +4272,14 @@ class _Worker:
             self._report()
         self._sender.close()
         _OPEN.discard(self)
+
+
+def _weakly(held: "Any") -> "Callable[[], Any]":
+    """Return what returns *held* as long as somebody else holds it, or for ever where that cannot be known."""
+    try:
+        return weakref.ref(held)
+    except TypeError:  # None, or slots without a place for it
+        return lambda: held
 
 
 @functools.lru_cache(None)  # once
@@ -4492,8 +4510,10 @@ class _Collecter:
     def __del__(self) -> None:
         try:
             state = self.__dict__.get("_states", {}).get(os.getpid())
-            if state is not None and not self._closed:
-                state.abandon()
+            if state is not None:
+                state.on_error = self._config.get("on_error")  # which the state holds from here on
+                if not self._closed:
+                    state.abandon()
         except Exception:
             if sys is not None and not sys.is_finalizing():  # else what we need is gone, and our exit hook has run
                 raise
@@ -4783,9 +4803,10 @@ def _close_at_exit(state: "_State", deadline: float) -> "List[Exception]":
     try:
         state.close(max(0.0, deadline - _CLOCK.now()))
     except Exception as error:  # whatever befalls one, the others have their turn
-        if state.on_error is None:
+        on_error = state.on_error
+        if on_error is None:
             return [error]
-        _tell(state.on_error, error, getattr(error, "records", []))
+        _tell(on_error, error, getattr(error, "records", []))
     return []
 
 

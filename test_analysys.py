@@ -15,6 +15,7 @@ import enum
 import errno
 import fractions
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -51,6 +52,7 @@ import tracemalloc
 import types
 import unicodedata
 import urllib.request
+import weakref
 import zipfile
 import zlib
 
@@ -4513,6 +4515,26 @@ def test_a_collecter_that_is_dropped_is_forgotten(tmp_path):
     for kind in COLLECTERS:
         make(kind, URL, tmp_path)
     wait_until(lambda: len(analysys._COLLECTERS) <= kept)
+
+
+def test_a_collecter_to_which_only_its_own_on_error_leads_is_dropped_and_on_error_told_to_the_last():
+    class Application:
+        def __init__(self, url):
+            self.collecter = BatchCollecter(url, on_error=self.on_error)
+
+        def on_error(self, error, records):
+            told.extend(record["xwhat"] for record in records)
+    told = []
+    with FaultyServer(then=refuse("bad")) as server:
+        application = Application(server.url)
+        track(tracker_to(application.collecter), "good", "bad")        # which wait
+        thread, gone = application.collecter._state()._thread, weakref.ref(application)
+        del application
+        gc.collect()
+        thread.join(20)
+        assert (thread.is_alive(), server.names, told) == (False, ["good"], ["bad"])
+        gc.collect()
+        assert gone() is None
 
 
 def test_default_has_delivered_when_the_call_returns():
