@@ -1698,6 +1698,23 @@ def _verified() -> "ssl.SSLContext":
 _close_now = getattr(sys.modules.get("posix"), "close", os.close)
 
 
+def _inode_at(fd: int) -> "Optional[Tuple[int, int]]":
+    """Return what tells an open file from any other; None where it is closed, or no file (a socket of Windows)."""
+    try:
+        return _inode(os.fstat(fd))
+    except OSError:
+        return None
+
+
+def _close_kept(fd: int, made: "Optional[Tuple[int, int]]") -> None:
+    """Close a descriptor that was kept, if it is still the one that was *made*.
+
+    A child of a fork that Python was not told of may have closed them all, as daemons do, and opened others since.
+    """
+    if made is not None and _inode_at(fd) == made:
+        _close_now(fd)
+
+
 class _Connections:
     """Opens urllib requests over connections that are kept alive, each used by one thread at a time.
 
@@ -1776,10 +1793,7 @@ class _Connections:
                 connection.sock.detach()
             except (OSError, AttributeError):  # it is being opened
                 pass
-            try:
-                _close_now(connection.descriptor)
-            except (OSError, TypeError):
-                pass
+            _close_kept(*connection.descriptor)
         self._all.clear()
         self._idle.clear()
 
@@ -1845,7 +1859,7 @@ class _Connections:
             connection = http.client.HTTPConnection(request.host)
         if tunnel:
             connection.set_tunnel(tunnel, headers={"Proxy-Authorization": credentials} if credentials else {})
-        connection.descriptor, connection.body = None, b""
+        connection.descriptor, connection.body = (-1, None), b""
         connection.response_class = functools.partial(_response, connection)
         connection._create_connection = functools.partial(_dial, connection)
         connection.send = functools.partial(_send_in_time, connection)
@@ -1909,14 +1923,14 @@ def _dial(connection: "Any", address: "Tuple[str, int]", *_: "Any") -> "Any":
         try:
             share = _left(connection.deadline) / (len(addresses) - position)
             sock = socket.socket(family, kind, protocol)
-            connection.descriptor = sock.fileno()
+            connection.descriptor = sock.fileno(), _inode_at(sock.fileno())
             sock.settimeout(share)
             sock.connect(place)
             sock.settimeout(_left(connection.deadline))
             return sock
         except OSError as error:
             problem = problem or error
-            connection.descriptor = None
+            connection.descriptor = (-1, None)
             if sock is not None:
                 sock.close()
     raise problem or OSError("no address for %s" % address[0])
@@ -2304,8 +2318,7 @@ class _SharedFile:
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close_kept(fd, self._inode)
 
     def _lock(self, patience: float, attempts: int = 100) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
@@ -2958,8 +2971,7 @@ class _SpoolFile(_Source):
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close_kept(fd, self.made)
 
     def is_gone(self) -> bool:
         """Tell whether somebody removed, replaced or emptied it, which we write."""
@@ -2980,12 +2992,14 @@ class _Owner:
         self.aside: "List[_SpoolFile]" = []  # that cannot be read: they stay where they are, with the lock
         self.base = os.path.join(directory, name)
         self._lock_fd = -1
+        self._lock_made: "Optional[Tuple[int, int]]" = None  # which file that is
 
     def claim(self, flags: int) -> bool:
         """Lock the files, if nobody else has; raise OSError where that cannot be tried."""
         fd = _open_own(self.base + ".lock", os.O_RDWR | flags)
         try:
             if _lock_forever(fd) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
+                self._lock_made = _inode_at(fd)  # first: who has the descriptor must know whose it is
                 self._lock_fd, fd = fd, self._lock_fd
                 self._take_room()
         finally:
@@ -3058,8 +3072,7 @@ class _Owner:
 
     def disown(self) -> None:
         fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close_kept(fd, self._lock_made)
 
 
 class _Writer(_Owner):

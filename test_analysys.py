@@ -2445,7 +2445,7 @@ def test_a_child_has_no_descriptor_of_a_connection_that_its_parent_is_opening_us
             assert reached.acquire(timeout=20)
             met = mute.accept()[0]
             assert met.recv(1)                         # the handshake has begun
-            numbers = [connection.descriptor for one in (using, opening) for connection in one._pool._all]
+            numbers = [connection.descriptor[0] for one in (using, opening) for connection in one._pool._all]
 
             def check():
                 assert len(numbers) == 2
@@ -5904,7 +5904,7 @@ def test_a_forked_child_has_no_connection_of_its_parent_also_where_gevent_puts_o
             pid = os.fork()
             if pid == 0:
                 try:
-                    os.fstat(connection.descriptor)
+                    os.fstat(connection.descriptor[0])
                 except OSError:
                     os._exit(0)
                 os._exit(1)
@@ -6071,6 +6071,35 @@ def test_the_sender_imports_nothing_since_a_fork_meanwhile_would_lock_that_modul
             """, env=env)
             assert not server.script                       # all faults had their turn
     all_at_once(check, [(certificate, proxy) for certificate in (None, CERTIFICATE) for proxy in (False, True)])
+
+
+@pytest.mark.usefixtures("each_fork")
+@linux_only
+def test_a_child_that_closed_all_descriptors_and_opened_others_keeps_these(tmp_path):
+    with Server() as server:
+        run("""
+            collecters = [DefaultCollecter(url), BatchCollecter(url), LogCollecter(folder),
+                          BatchCollecter(url, spool_path=os.path.join(folder, "spool"))]
+            trackers = [tracker_to(collecter) for collecter in collecters]
+
+            def call(name):
+                for tracker in trackers:
+                    tracker.track("u", name)
+                    tracker.flush()
+
+            def daemon():
+                os.closerange(3, 256)
+                own = [os.open(os.path.join(folder, "own%d" % n), os.O_CREAT | os.O_RDWR) for n in range(40)]
+                files = [os.fstat(fd) for fd in own]
+                call("Child")
+                assert all(os.path.samestat(os.fstat(fd), file) for fd, file in zip(own, files))
+                assert not any(os.fstat(fd).st_size for fd in own)
+            call("Parent")
+            assert ends_well(child(daemon))
+            call("Parent")
+        """, server.url, tmp_path)
+        assert collections.Counter(one["xwhat"] for one in server.records) == {"Parent": 6, "Child": 3}
+        assert sorted(lines_in(tmp_path)) == ["Child", "Parent", "Parent"]
 
 
 @pytest.mark.usefixtures("each_fork")
