@@ -1897,9 +1897,9 @@ def _is_quiet(sock: "Any") -> bool:
     what nobody asked for, which over TLS may have been read from the system already."""
     import select
 
-    # The original where eventlet has replaced it: its own yields, to who may read from this very connection.
     patcher: "Any" = sys.modules.get("eventlet.patcher")
-    select = patcher.original("select") if hasattr(patcher, "original") else select
+    if patcher is not None and patcher.is_monkey_patched("select"):  # its own yields, to who may read from this socket
+        select = patcher.original("select")
     try:
         if getattr(sock, "pending", int)():
             return False
@@ -4122,7 +4122,8 @@ class _Worker:
                 self._thread = thread
                 thread.start()
             except BaseException as error:
-                if not thread.is_alive():  # else it had begun when a signal handler raised
+                begun = self._thread
+                if begun is None or not begun.is_alive():  # else it had begun when a signal handler raised
                     self._thread = None
                 if not isinstance(error, (RuntimeError, MemoryError)):
                     raise

@@ -2578,7 +2578,8 @@ def test_where_eventlet_has_replaced_select_an_idle_connection_is_looked_at_by_t
             original = types.SimpleNamespace(**vars(select))
             del select.poll
             select.select = green
-            sys.modules["eventlet.patcher"] = types.SimpleNamespace(original=lambda name: original)
+            sys.modules["eventlet.patcher"] = types.SimpleNamespace(
+                is_monkey_patched=lambda name: name == "select", original=lambda name: original)
             with tracker_to(DefaultCollecter(url)) as tracker:
                 tracker.track("u", "First")
                 tracker.track("u", "Second")
