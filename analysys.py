@@ -1589,7 +1589,9 @@ class _Transport:
     def where(self) -> str:
         """Return the address posted to and the proxy on the way to it, for messages, without credentials."""
         proxy = self.proxy()
-        return _printable(self._url) + (proxy and " through the proxy " + _printable(proxy))
+        scheme = self._proxies.get(self._where.type, "").partition("://")[0].lower()
+        other = proxy and re.match("socks", scheme) and ", to which we speak HTTP and not %s" % _printable(scheme)
+        return _printable(self._url) + (proxy and " through the proxy " + _printable(proxy)) + (other or "")
 
     def proxy(self) -> str:
         """Return host and port of the proxy, without credentials; "" where there is none."""
@@ -1724,6 +1726,23 @@ def _verified() -> "ssl.SSLContext":
 _close_now = getattr(sys.modules.get("posix"), "close", os.close)
 
 
+def _inode_at(fd: int) -> "Optional[Tuple[int, int]]":
+    """Return what tells an open file from any other; None where it is closed, or no file (a socket of Windows)."""
+    try:
+        return _inode(os.fstat(fd))
+    except OSError:
+        return None
+
+
+def _close_kept(fd: int, made: "Optional[Tuple[int, int]]") -> None:
+    """Close a descriptor that was kept, if it is still the one that was *made*.
+
+    A child of a fork that Python was not told of may have closed them all, as daemons do, and opened others since.
+    """
+    if made is not None and _inode_at(fd) == made:
+        _close_now(fd)
+
+
 class _Connections:
     """Opens urllib requests over connections that are kept alive, each used by one thread at a time.
 
@@ -1802,10 +1821,7 @@ class _Connections:
                 connection.sock.detach()
             except (OSError, AttributeError):  # it is being opened
                 pass
-            try:
-                _close_now(connection.descriptor)
-            except (OSError, TypeError):
-                pass
+            _close_kept(*connection.descriptor)
         self._all.clear()
         self._idle.clear()
 
@@ -1872,7 +1888,7 @@ class _Connections:
             connection = http.client.HTTPConnection(request.host)
         if tunnel:
             connection.set_tunnel(tunnel, headers={"Proxy-Authorization": credentials} if credentials else {})
-        connection.descriptor, connection.body = None, b""
+        connection.descriptor, connection.body = (-1, None), b""
         connection.response_class = functools.partial(_response, connection)
         connection._create_connection = functools.partial(_dial, connection)
         connection.send = functools.partial(_send_in_time, connection)
@@ -1910,6 +1926,9 @@ def _is_quiet(sock: "Any") -> bool:
     what nobody asked for, which over TLS may have been read from the system already."""
     import select
 
+    patcher: "Any" = sys.modules.get("eventlet.patcher")
+    if patcher is not None and patcher.is_monkey_patched("select"):  # its own yields, to who may read from this socket
+        select = patcher.original("select")
     try:
         if getattr(sock, "pending", int)():
             return False
@@ -1933,14 +1952,14 @@ def _dial(connection: "Any", address: "Tuple[str, int]", *_: "Any") -> "Any":
         try:
             share = _left(connection.deadline) / (len(addresses) - position)
             sock = socket.socket(family, kind, protocol)
-            connection.descriptor = sock.fileno()
+            connection.descriptor = sock.fileno(), _inode_at(sock.fileno())
             sock.settimeout(share)
             sock.connect(place)
             sock.settimeout(_left(connection.deadline))
             return sock
         except OSError as error:
             problem = problem or error
-            connection.descriptor = None
+            connection.descriptor = (-1, None)
             if sock is not None:
                 sock.close()
     raise problem or OSError("no address for %s" % address[0])
@@ -2330,8 +2349,7 @@ class _SharedFile:
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close_kept(fd, self._inode)
 
     def _lock(self, patience: float, attempts: int = 100) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
@@ -2995,8 +3013,7 @@ class _SpoolFile(_Source):
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close_kept(fd, self.made)
 
     def is_gone(self) -> bool:
         """Tell whether somebody removed, replaced or emptied it, which we write."""
@@ -3017,12 +3034,14 @@ class _Owner:
         self.aside: "List[_SpoolFile]" = []  # that cannot be read: they stay where they are, with the lock
         self.base = os.path.join(directory, name)
         self._lock_fd = -1
+        self._lock_made: "Optional[Tuple[int, int]]" = None  # which file that is
 
     def claim(self, flags: int) -> bool:
         """Lock the files, if nobody else has; raise OSError where that cannot be tried."""
         fd = _open_own(self.base + ".lock", os.O_RDWR | flags)
         try:
             if _try_lock(fd, _LOCKF) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
+                self._lock_made = _inode_at(fd)  # first: who has the descriptor must know whose it is
                 self._lock_fd, fd = fd, self._lock_fd  # what was there before is closed below
                 self._take_room()
         finally:
@@ -3102,8 +3121,7 @@ class _Owner:
 
     def disown(self) -> None:
         fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close_kept(fd, self._lock_made)
 
 
 class _Writer(_Owner):
@@ -4026,14 +4044,15 @@ class _Worker:
     `_phase` only grows, `_goal` is written by who has the turn, and who wants it higher sets `_hurried` after its put,
     which is cleared before the goal is read. A __del__, a signal handler or a fork may come in anywhere.
 
-    The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()).
+    The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()). Nor does it
+    hold on_error, which may lead to the collecter, before that is dropped: until then its configuration holds both.
     """
 
     def __init__(
         self, queue: "_Queue", sender: "_Sender", due_size: int, patience: "Optional[float]", on_error: "OnError"
     ) -> None:
         self.pid = os.getpid()
-        self.on_error = on_error
+        self._on_error: "Callable[[], OnError]" = _weakly(on_error)
         self._queue = queue
         self._sender = sender
         self._due_size = due_size
@@ -4048,6 +4067,14 @@ class _Worker:
     @property
     def closed(self) -> bool:
         return self._phase >= _CLOSING
+
+    @property
+    def on_error(self) -> "OnError":
+        return self._on_error()
+
+    @on_error.setter
+    def on_error(self, on_error: "OnError") -> None:
+        self._on_error = lambda: on_error
 
     # What callers do
 
@@ -4148,7 +4175,9 @@ class _Worker:
                 self._thread = thread
                 thread.start()
             except BaseException as error:
-                self._thread = None
+                begun = self._thread
+                if begun is None or not begun.is_alive():  # else it had begun when a signal handler raised
+                    self._thread = None
                 if not isinstance(error, (RuntimeError, MemoryError)):
                     raise
             finally:
@@ -4207,6 +4236,11 @@ class _Worker:
     # What the sending thread does
 
     def _run(self) -> None:
+        me = threading.current_thread()
+        if self._thread is None:  # what interrupted start() took us for one that had not begun
+            self._thread = me
+        if self._thread is not me:  # and meanwhile there is another
+            return
         try:
             while not self._is_finished():
                 if not self._step():
@@ -4290,8 +4324,9 @@ class _Worker:
         while refusals:
             error = refusals[0]  # flush() waits until it is gone
             try:
-                if self.on_error is not None and not error.is_echo:
-                    _tell(self.on_error, error, error.records)
+                on_error = self.on_error
+                if on_error is not None and not error.is_echo:
+                    _tell(on_error, error, error.records)
                 else:
                     _log("error", "%d records are lost: %s", len(error.records), error)
             finally:
@@ -4303,6 +4338,14 @@ class _Worker:
             self._report()
         self._sender.close()
         _OPEN.discard(self)
+
+
+def _weakly(held: "Any") -> "Callable[[], Any]":
+    """Return what returns *held* as long as somebody else holds it, or for ever where that cannot be known."""
+    try:
+        return weakref.ref(held)
+    except TypeError:  # None, or slots without a place for it
+        return lambda: held
 
 
 @functools.lru_cache(None)  # once
@@ -4534,8 +4577,10 @@ class _Collecter:
     def __del__(self) -> None:
         try:
             state = self.__dict__.get("_states", {}).get(os.getpid())
-            if state is not None and not self._closed:
-                state.abandon()
+            if state is not None:
+                state.on_error = self._config.get("on_error")  # which the state holds from here on
+                if not self._closed:
+                    state.abandon()
         except Exception:
             if sys is not None and not sys.is_finalizing():  # else what we need is gone, and our exit hook has run
                 raise
@@ -4831,9 +4876,10 @@ def _close_at_exit(state: "_State", deadline: float) -> "List[Exception]":
     try:
         state.close(max(0.0, deadline - _CLOCK.now()))
     except Exception as error:  # whatever befalls one, the others have their turn
-        if state.on_error is None:
+        on_error = state.on_error
+        if on_error is None:
             return [error]
-        _tell(state.on_error, error, getattr(error, "records", []))
+        _tell(on_error, error, getattr(error, "records", []))
     return []
 
 

@@ -2,6 +2,7 @@
 
 Servers, proxies and processes are real, on free loopback ports; nothing waits for the clock but `wait_until`.
 """
+import _thread
 import base64
 import collections
 import concurrent.futures
@@ -51,6 +52,7 @@ import tracemalloc
 import types
 import unicodedata
 import urllib.request
+import weakref
 import zipfile
 import zlib
 
@@ -2449,7 +2451,7 @@ def test_a_child_has_no_descriptor_of_a_connection_that_its_parent_is_opening_us
             assert reached.acquire(timeout=20)
             met = mute.accept()[0]
             assert met.recv(1)                         # the handshake has begun
-            numbers = [connection.descriptor for one in (using, opening) for connection in one._pool._all]
+            numbers = [connection.descriptor[0] for one in (using, opening) for connection in one._pool._all]
 
             def check():
                 assert len(numbers) == 2
@@ -2538,6 +2540,7 @@ def test_an_https_address_whose_port_answers_in_plain_http_is_told_so():
 @table("proxy, shown, said", [
     ("http://user:secret@127.0.0.1:%d", "127.0.0.1:%d", "the proxy wants credentials"),
     ("http://user:secret@127.0.0.1:port%d", "127.0.0.1:port%d", "is no http://host:port"),
+    ("socks5h://user:secret@127.0.0.1:%d", "127.0.0.1:%d, to which we speak HTTP and not socks5h", ""),
     ("http://user:top/secret@127.0.0.1:%d/", "127.0.0.1:%d", ""),
     ("http:/user:secret@127.0.0.1:%d", "127.0.0.1:%d", "")])
 def test_a_message_names_the_proxy_but_no_credentials(monkeypatch, scheme, proxy, shown, said):
@@ -2568,6 +2571,26 @@ def test_a_refused_header_or_address_shows_no_secret(make):
                        ("\x00" * 300, ("\\x00" * 75)[:297] + "..."), (OSError(2, "\x07"), "[Errno 2] \\x07")])
 def test_what_others_wrote_is_made_printable_and_short(text, shown):
     assert analysys._printable(text) == shown
+
+
+@posix_only
+def test_where_eventlet_has_replaced_select_an_idle_connection_is_looked_at_by_the_original():
+    with Server() as server:
+        run("""
+            import select, types
+
+            def green(*_):
+                raise RuntimeError("Second simultaneous read")
+            original = types.SimpleNamespace(**vars(select))
+            del select.poll
+            select.select = green
+            sys.modules["eventlet.patcher"] = types.SimpleNamespace(
+                is_monkey_patched=lambda name: name == "select", original=lambda name: original)
+            with tracker_to(DefaultCollecter(url)) as tracker:
+                tracker.track("u", "First")
+                tracker.track("u", "Second")
+        """, server.url)
+        assert (len(server.records), server.connections) == (2, 1)
 
 
 # ---------------------------------------------------------------------------
@@ -4544,6 +4567,26 @@ def test_a_collecter_that_is_dropped_is_forgotten(tmp_path):
     wait_until(lambda: len(analysys._COLLECTERS) <= kept)
 
 
+def test_a_collecter_to_which_only_its_own_on_error_leads_is_dropped_and_on_error_told_to_the_last():
+    class Application:
+        def __init__(self, url):
+            self.collecter = BatchCollecter(url, on_error=self.on_error)
+
+        def on_error(self, error, records):
+            told.extend(record["xwhat"] for record in records)
+    told = []
+    with FaultyServer(then=refuse("bad")) as server:
+        application = Application(server.url)
+        track(tracker_to(application.collecter), "good", "bad")        # which wait
+        thread, gone = application.collecter._state()._thread, weakref.ref(application)
+        del application
+        gc.collect()
+        thread.join(20)
+        assert (thread.is_alive(), server.names, told) == (False, ["good"], ["bad"])
+        gc.collect()
+        assert gone() is None
+
+
 def test_default_has_delivered_when_the_call_returns():
     with analysys.Receiver() as server:
         sdk = tracker_to(DefaultCollecter(server.url))
@@ -5146,6 +5189,33 @@ def test_wherever_a_small_record_comes_into_the_put_of_a_large_one_no_room_is_lo
         disturbed(lambda: queue.put(b"x" * 40000), step, lambda: queue.put(b"{}\n"))      # all of it, and a third
         queue.settle(queue.take(9))
         assert queue.put(b"x" * 40000)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_start_of_the_sending_thread_that_is_interrupted_leaves_one_such_thread(monkeypatch, is_late):
+    def start(thread, begin=threading.Thread.start):
+        if thread.name != "analysys-sender":
+            return begin(thread)
+        if is_late:
+            _thread.start_new_thread(begin, (thread,))
+        else:
+            begin(thread)
+        raise Interrupt
+
+    def senders():
+        return [thread for thread in threading.enumerate() if thread.name == "analysys-sender"]
+    wait_until(lambda: not senders())
+    with FaultyServer() as server, batch(server) as (collecter, tracker):
+        monkeypatch.setattr(threading.Thread, "start", start)
+        for name in numbered("e", 5):
+            with contextlib.suppress(Interrupt):
+                track(tracker, name)
+        monkeypatch.undo()
+        track(tracker, "last")
+        tracker.flush()
+        assert server.names == numbered("e", 5) + ["last"]
+        wait_until(lambda: len(senders()) == 1)
+        assert collecter._state()._thread == senders()[0]
 
 
 def test_a_put_whose_record_is_taken_meanwhile_has_put_it():
@@ -5886,7 +5956,7 @@ def test_a_forked_child_has_no_connection_of_its_parent_also_where_gevent_puts_o
             pid = os.fork()
             if pid == 0:
                 try:
-                    os.fstat(connection.descriptor)
+                    os.fstat(connection.descriptor[0])
                 except OSError:
                     os._exit(0)
                 os._exit(1)
@@ -6053,6 +6123,35 @@ def test_the_sender_imports_nothing_since_a_fork_meanwhile_would_lock_that_modul
             """, env=env)
             assert not server.script                       # all faults had their turn
     all_at_once(check, [(certificate, proxy) for certificate in (None, CERTIFICATE) for proxy in (False, True)])
+
+
+@pytest.mark.usefixtures("each_fork")
+@linux_only
+def test_a_child_that_closed_all_descriptors_and_opened_others_keeps_these(tmp_path):
+    with Server() as server:
+        run("""
+            collecters = [DefaultCollecter(url), BatchCollecter(url), LogCollecter(folder),
+                          BatchCollecter(url, spool_path=os.path.join(folder, "spool"))]
+            trackers = [tracker_to(collecter) for collecter in collecters]
+
+            def call(name):
+                for tracker in trackers:
+                    tracker.track("u", name)
+                    tracker.flush()
+
+            def daemon():
+                os.closerange(3, 256)
+                own = [os.open(os.path.join(folder, "own%d" % n), os.O_CREAT | os.O_RDWR) for n in range(40)]
+                files = [os.fstat(fd) for fd in own]
+                call("Child")
+                assert all(os.path.samestat(os.fstat(fd), file) for fd, file in zip(own, files))
+                assert not any(os.fstat(fd).st_size for fd in own)
+            call("Parent")
+            assert ends_well(child(daemon))
+            call("Parent")
+        """, server.url, tmp_path)
+        assert collections.Counter(one["xwhat"] for one in server.records) == {"Parent": 6, "Child": 3}
+        assert sorted(lines_in(tmp_path)) == ["Child", "Parent", "Parent"]
 
 
 @pytest.mark.usefixtures("each_fork")

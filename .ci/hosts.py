@@ -604,8 +604,8 @@ def work(thread):
 '''
 
 
-def run_green(host, library, patch, wait, is_early):
-    write("tracker.py", TRACKER)
+def run_green(host, library, patch, wait, is_early, tracker=TRACKER):
+    write("tracker.py", tracker)
     spawn = "import %s; spawn = %s.spawn" % (library, library)
     host.python(GREEN.format(early=patch if is_early else "", late="" if is_early else patch, library=spawn, wait=wait),
                 PYTHONPATH=paths("web"))
@@ -630,6 +630,13 @@ def eventlet_patched_early(host):
 @row(web)
 def eventlet_patched_late(host):
     return run_green(host, "eventlet", "import eventlet; eventlet.monkey_patch()", "wait", False)
+
+
+@row(web)
+def eventlet_default_collecter(host):
+    """Greenlets look at the idle connections of each other."""
+    direct = re.sub(r"BatchCollecter\((\s*\S+), [^\n]*\)\)\n", r"DefaultCollecter(\1))\n", TRACKER)
+    return run_green(host, "eventlet", "import eventlet; eventlet.monkey_patch()", "wait", True, direct)
 
 
 LOOP = TRACKER + '''
