@@ -2079,18 +2079,18 @@ class _Ledger:
     """Counts that balance at any moment, accepted (+ adopted) = delivered + rejected + pending, and what is to be told.
 
     A __del__ or a signal handler that tracks may run anywhere, also inside these methods: a change is appended whole,
-    in one step, and who reads adds up what is there. What a queue in memory has not yet handed out, it counts itself
-    (*waiting*): a record is accepted by the one step that puts it there.
+    in one step, and who reads adds up what is there. What a queue in memory holds, it counts itself (*held*): a record
+    is accepted by the one step that puts it there.
     """
 
-    def __init__(self, *more: str, waiting: "Callable[[], int]" = int) -> None:
+    def __init__(self, *more: str, held: "Callable[[], int]" = int) -> None:
         # Guards what a queue moves between its parts. Never held while anything waits or sends. Re-entrant, for a
         # __del__ or a signal handler that closes what it interrupts.
         self.lock = threading.RLock()
         self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; who sends tells and pops
         names = ("accepted", "delivered", "rejected", "pending", "requests", "retries") + more
         self._changes: "List[Dict[str, int]]" = [dict.fromkeys(names, 0)]  # the first is the sum of all before
-        self._waiting = waiting
+        self._held = held
         self._shortening = threading.Lock()  # held by who shortens _changes; nobody waits for it
 
     def add(self, change: "Dict[str, int]") -> None:
@@ -2113,12 +2113,12 @@ class _Ledger:
         while True:
             changes = self._changes[:]
             with self.lock:  # so that nothing is on its way; and nothing is made here, lest a __del__ comes that waits
-                waiting = self._waiting()
+                held = self._held()
                 if changes[-1] is self._changes[-1] and len(changes) == len(self._changes):
                     break
         counts = _sum(changes)
-        counts["accepted"] += waiting
-        counts["pending"] += waiting
+        counts["accepted"] += held
+        counts["pending"] += held
         return counts
 
 
@@ -2148,6 +2148,9 @@ class _MemoryQueue:
     `queue.Queue` would take a lock in put(), which deadlocks when the garbage collector runs a ``__del__`` that tracks
     while the lock is held. Here put() of a usual line takes none: a list of free slots bounds the queue and a deque
     holds it, and each of their steps is atomic. All else is done under the ledger's lock.
+
+    A close() may come inside take() and settle() too, out of a ``__del__`` in their thread. So one step moves lines in
+    flight, and one lets go of them: each line is with whoever took it out, here or there, and is counted once.
     """
 
     is_durable = False
@@ -2158,11 +2161,13 @@ class _MemoryQueue:
         self._interval = interval  # seconds
         self._slots: "List[None]" = [None] * max_size  # the free ones
         self._waiting: "Deque[Tuple[bytes, float]]" = collections.deque()  # (line, when it came)
-        self.ledger = _Ledger(waiting=self._waiting.__len__)
         # By number, counted in the order in which they came. Ordered, since settled is what came before the first.
-        self._inflight: "collections.OrderedDict[int, bytes]" = collections.OrderedDict()
-        self._taken = 0  # the number of the last one taken
-        self._closed = False
+        self._inflight: "collections.OrderedDict[int, Tuple[bytes, float]]" = collections.OrderedDict()
+        self._taken = 0  # the number of the last one that is being taken,
+        self._moved = 0  # and of the last one that was
+        self._final: "Optional[Tuple[int, int]]" = None  # once it is closed: what mark() says from then on
+        waiting, inflight = self._waiting, self._inflight
+        self.ledger = _Ledger(held=lambda: len(waiting) + len(inflight))  # not of self: that would be a cycle
 
     def put(self, line: bytes) -> int:
         # A handler may raise between any two of these steps. What tells how far it came is the queue itself: where the
@@ -2194,26 +2199,27 @@ class _MemoryQueue:
 
     def take(self, most: int) -> "List[Item]":
         with self.ledger.lock:
-            number = 0 if self._closed else min(most, len(self._waiting))
-            lines = [line for line, _ in _steady(lambda: list(itertools.islice(self._waiting, number)))]
-            numbers = range(self._taken + 1, self._taken + number + 1)
-            self._inflight.update(zip(numbers, lines))  # first: what is settled may be told too low, never too high
-            self._taken += number
-            self.ledger.add({"accepted": number, "pending": number})
-            # In one step, into which no signal handler comes: what were left here would be taken once more.
-            collections.deque(itertools.starmap(self._waiting.popleft, itertools.repeat((), number)), 0)
-        return list(zip(lines, numbers))
+            number = 0 if self._final else min(most, len(self._waiting))
+            before = max(self._moved, next(reversed(self._inflight), 0))  # a signal handler may have ended a take()
+            self._taken = before + number  # first: what was accepted may be told too high, never too low
+            entries = itertools.starmap(self._waiting.popleft, itertools.repeat((), number))
+            try:
+                moved = list(map(self._inflight.setdefault, range(before + 1, self._taken + 1), entries))  # in one step
+            except IndexError:  # a close() came in between
+                moved = []
+            self._moved = self._taken
+        return [(line, number) for number, (line, _) in enumerate(moved, before + 1)]
 
     def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         with self.ledger.lock:
-            if self._closed:  # what is in flight was counted and given back
+            if self._final:  # what is in flight was counted and given back
                 return
-            self.ledger.settle(len(items), error)
-            freed = 0
-            for line, number in items:
-                self._inflight.pop(number, None)
-                freed += 1 if len(line) <= _SLOT else self._size(line)
-            self._slots.extend([None] * freed)
+            if error is not None:
+                self.ledger.refusals.append(error)  # first, as in the ledger's settle()
+            numbers = [number for _, number in items]
+            gone = list(filter(None, map(self._inflight.pop, numbers, itertools.repeat(None))))  # in one step
+            self.ledger.add({"accepted": len(gone), "rejected" if error else "delivered": len(gone)})
+            self._slots.extend([None] * sum(1 if len(line) <= _SLOT else self._size(line) for line, _ in gone))
 
     def due_at(self) -> float:
         number = len(self._waiting)
@@ -2226,11 +2232,13 @@ class _MemoryQueue:
 
     def mark(self) -> "Tuple[int, int]":
         # No lock, since a signal handler may have interrupted who holds it. Read in this order, what is settled may be
-        # told too late and what was accepted too high for a moment, never the other way round: take() notes lines in
-        # flight before it counts them as taken, and counts them before they leave the others; settle() only removes.
-        taken = self._taken
+        # told too late and what was accepted too high for a moment, never the other way round: lines are counted as
+        # taken before take() moves them, and as moved, all settled where none is in flight, after that.
+        if self._final:
+            return self._final
+        moved = self._moved
         try:
-            settled = next(iter(self._inflight), taken + 1) - 1
+            settled = next(iter(self._inflight), moved + 1) - 1
         except RuntimeError:  # it was changed by another thread
             return self.mark()
         waiting = len(self._waiting)
@@ -2238,16 +2246,17 @@ class _MemoryQueue:
 
     def close(self) -> "List[bytes]":
         with self.ledger.lock:
-            if self._closed:
+            if self._final:
                 return []
-            self._closed = True  # and _inflight stays: it is not settled
-            taken, left = len(self._inflight), list(self._inflight.values())
+            self._final = self.mark()  # what is left is not settled
+            left = [line for line, _ in self._inflight.values()]
+            self._inflight.clear()
             try:
                 while True:  # what comes after the last one, its put() takes back
                     left.append(self._waiting.popleft()[0])
             except IndexError:
                 pass
-            self.ledger.add({"accepted": len(left) - taken, "pending": -taken, "rejected": len(left)})
+            self.ledger.add({"accepted": len(left), "rejected": len(left)})
         return left
 
     def disown(self) -> None:

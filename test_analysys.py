@@ -4203,12 +4203,18 @@ def test_a_single_record_too_large_is_refused_for_good_and_the_next_batches_are_
     assert isinstance(error, IllegalData) and [entry["xwhat"] for entry in records] == ["large"]
 
 
-def test_the_ledger_is_shortened_and_holds_what_it_held():
-    with FaultyServer() as server, batch(server, 5, 100, queue_max_size=NEVER) as (collecter, tracker):
-        track(tracker, *numbered("e", 1500))
-        tracker.flush()
-        assert len(collecter._state()._queue.ledger._changes) < 1000
-        balanced(collecter, accepted=1500, delivered=1500, pending=0)
+@table("number", [1, 256])
+def test_the_ledger_is_shortened_and_holds_all_that_is_added_also_inside_any_step_of_it(number):
+    def add(times):
+        for _ in range(times):
+            ledger.add(analysys._ACCEPTED)
+    for step in range(1, 40):
+        ledger = analysys._Ledger()
+        add(255)
+        came = disturbed(lambda: add(2), step, lambda: add(number))
+        add(1500)
+        assert len(ledger._changes) < 1000
+        balanced(ledger.stats(), accepted=1757 + came * number)
 
 
 def test_a_refusal_is_there_to_be_told_before_it_counts_as_settled():
@@ -5131,13 +5137,115 @@ def test_what_a_finalizer_tracks_while_the_thread_of_a_dropped_collecter_ends_is
 
 @pytest.mark.parametrize("step", range(1, 60))
 def test_wherever_a_signal_handler_raises_in_put_the_queue_keeps_its_room_and_its_counts(step):
-    queue, put = analysys._MemoryQueue(1, 1, 1.0), []
+    queue, put = analysys._MemoryQueue(2, 2, 1.0), []
+    queue.put(b"{}\n")                                 # one that equals it
     disturbed(lambda: put.append(queue.put(b"{}\n")), step, interrupt)
     accepted, settled = queue.mark()
-    items = queue.take(1)
-    assert settled == 0 and accepted == len(items) == queue.ledger.stats()["pending"] and len(items) >= len(put)
+    items = queue.take(2)
+    assert settled == 0 and accepted == len(items) == queue.ledger.stats()["pending"] and len(items) > len(put)
     queue.settle(items)
-    assert queue.put(b"{}\n")
+    assert queue.put(b"{}\n") and queue.put(b"{}\n") and not queue.put(b"{}\n")
+
+
+def test_a_record_that_came_in_before_a_signal_handler_raised_keeps_its_room():
+    class Interrupted(collections.deque):
+        def append(self, entry):
+            super().append(entry)
+            interrupt()
+    queue = analysys._MemoryQueue(1, 1, 1.0)
+    queue._waiting = Interrupted()
+    with pytest.raises(Interrupt):
+        queue.put(b"{}\n")
+    assert not queue.put(b"{}\n") and len(queue.take(9)) == 1
+
+
+def test_wherever_a_signal_handler_raises_in_take_no_record_is_lost_or_there_twice():
+    for step in range(1, 40):
+        queue, lines = analysys._MemoryQueue(9, 9, 1.0), [b"0\n", b"1\n", b"2\n", b"3\n"]
+        for line in lines:
+            queue.put(line)
+        disturbed(lambda: queue.take(2), step, interrupt)
+        queue.take(1)
+        assert queue.mark() == (4, 0) and queue.close() == lines
+        balanced(queue.ledger.stats(), accepted=4, rejected=4)
+
+
+@pytest.mark.parametrize("call, other", list(itertools.permutations(["take", "settle", "close", "stats"], 2)))
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_each_record_counts_once_whatever_comes_inside_any_step_of_a_queue_from_another_thread_or_its_own(
+        call, other, is_inside):
+    def work(name):
+        if name == "take":
+            queue.take(2)
+        elif name == "settle":
+            queue.settle(items)
+        elif name == "close":
+            left.extend(queue.close())
+        else:
+            seen.append(queue.ledger.stats())
+
+    def disturb():
+        if is_inside:                                  # a __del__ or a signal handler
+            work(other)
+        else:                                          # it may have to wait for the end of *call*
+            thread.start()
+            thread.join(0.005)
+    lines = [b"0\n", b"1\n", b"2\n", b"3\n"]
+    for step in range(1, 60):
+        queue, left, seen = analysys._MemoryQueue(9, 9, 1.0), [], []
+        thread = threading.Thread(target=work, args=(other,))
+        for line in lines:
+            queue.put(line)
+        items = queue.take(2)[1:]
+        if not disturbed(lambda: work(call), step, disturb):
+            break
+        if not is_inside:
+            thread.join(20)
+        work("close")
+        for stats in seen if not is_inside else ():
+            balanced(stats, accepted=4)
+        balanced(queue.ledger.stats(), accepted=4, pending=0, rejected=len(left))
+        assert left in (lines, lines[:1] + lines[2:]) and queue.mark()[1] == 0 and queue.mark()[0] >= 4
+
+
+def test_in_a_queue_in_memory_the_oldest_record_decides_when_it_is_due_and_what_is_settled(monkeypatch):
+    clock, queue = FakeClock(monkeypatch), analysys._MemoryQueue(9, 9, 15.0)
+    for line in b"0\n", b"1\n", b"2\n":
+        queue.put(line)
+        clock.advance(4)
+    assert queue.due_at() < clock.now() + 4
+    items = queue.take(9)
+    queue.settle(items[1:])
+    assert queue.mark() == (3, 0)
+    queue.settle(items[:1])
+    assert queue.mark() == (3, 3)
+
+
+def test_a_closed_queue_in_memory_has_given_all_back_once_and_hands_out_nothing():
+    queue, late = analysys._MemoryQueue(4, 9, 1.0), b"late\n"
+    for line in b"0\n", b"1\n", b"2\n":
+        queue.put(line)
+    items = queue.take(2)
+    assert queue.close() == [b"0\n", b"1\n", b"2\n"] and queue.close() == []
+    queue.settle(items)                                # its request ends
+    for _ in range(3):
+        assert queue.put(late) and queue.take(9) == [] and queue.take_back(late) and not queue.take_back(late)
+    assert queue.mark() == (3, 0)
+    balanced(queue.ledger.stats(), accepted=3, rejected=3)
+
+
+def test_what_another_thread_settles_while_a_queue_is_looked_at_is_no_error():
+    class Changed(collections.OrderedDict):
+        def __iter__(self):
+            found = super().__iter__()
+            queue.settle(items[:1])
+            return found
+    queue = analysys._MemoryQueue(9, 9, 1.0)
+    queue.put(b"0\n")
+    queue.put(b"1\n")
+    items = queue.take(2)
+    queue._inflight = Changed(queue._inflight)
+    assert queue.mark() == (2, 1)
 
 
 def test_wherever_a_small_record_comes_into_the_put_of_a_large_one_no_room_is_lost():
@@ -5159,7 +5267,8 @@ def test_a_look_and_a_large_record_inside_any_step_of_a_queue_neither_hang_nor_s
     told = []
 
     def disturb(queue):
-        told.append((queue.mark()[1], queue.ledger.stats()["delivered"]))
+        told.append(queue.mark())
+        queue.ledger.stats()
         queue.put(b"x" * 40000)
 
     def work():
@@ -5170,7 +5279,12 @@ def test_a_look_and_a_large_record_inside_any_step_of_a_queue_neither_hang_nor_s
             disturbed(lambda: queue.settle(queue.take(2)[:1]), step, lambda: disturb(queue))
     with threads(work):
         pass
-    assert len(told) > 20 and all(settled <= delivered for settled, delivered in told)
+    assert len(told) > 20 and all(accepted >= 2 and settled <= 1 for accepted, settled in told)
+    for step in range(1, 20):                          # and inside a look, the sender
+        queue = analysys._MemoryQueue(9, 9, 1.0)
+        queue.put(b"{}\n")
+        disturbed(lambda: told.append(queue.mark()), step, lambda: queue.take(2))
+        assert told[-1][0] >= 1 and told[-1][1] == 0
 
 
 def test_queue_timeout_bounds_the_wait_for_room_and_0_never_waits(skipping):
