@@ -3120,7 +3120,7 @@ class _Writer(_Owner):
 
     A call may come inside another one of the same thread, at any line (a ``__del__``, a signal handler), or end there
     in an exception, or both. So nobody undoes more than a write of his own that failed, and where an exception came out
-    of the outermost call, it counts the lines anew that came since it began: those of inner calls are accepted.
+    of the outermost call, it counts the lines of the file anew: those of inner calls are accepted.
     """
 
     def __init__(self, directory: str, max_bytes: int) -> None:
@@ -3130,8 +3130,7 @@ class _Writer(_Owner):
         self.written = 0  # records
         self.room = _Room(directory, self.name, max_bytes)
         self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
-        self._is_torn = False  # a call ended in an exception: the file may hold more than was noted,
-        self._sound: "Tuple[float, int]" = (0, 0)  # since it had so many bytes and lines
+        self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
         self._numbers = itertools.count(1)  # of files; a step that no other call comes into
 
     def append(self, lines: bytes, note: "Callable[[], None]") -> bool:
@@ -3141,11 +3140,8 @@ class _Writer(_Owner):
         """
         is_inner, self._is_busy = self._is_busy, True
         try:
-            if not is_inner:
-                if self._is_torn:  # since it could not be mended at once
-                    self._mend(note)
-                if self.files:
-                    self._sound = (self.files[-1].end, self.files[-1].written)
+            if self._is_torn and not is_inner:  # since it could not be mended at once
+                self._mend(note)
             # By what was noted, not by a stat, which costs a third of the call: whether somebody has changed the file
             # is looked at once a second, and at the end.
             size = self.files[-1].end if self.files and self.files[-1].fd >= 0 else -1
@@ -3208,29 +3204,28 @@ class _Writer(_Owner):
         """Note the lines that calls left which ended in an exception, and cut off a part of one."""
         size = self._size()
         if size >= 0:
-            file, start, number = self.files[-1], int(self._sound[0]), self._sound[1]
-            added = _read_at(file.fd, start, max(0, size - start))
-            whole = added.rfind(b"\n") + 1
-            os.ftruncate(file.fd, start + whole)
-            for _ in range(number + added.count(b"\n") - file.written):
+            file = self.files[-1]
+            lines = _read_at(file.fd, 0, size)
+            whole = lines.rfind(b"\n") + 1
+            os.ftruncate(file.fd, whole)
+            for _ in range(lines.count(b"\n") - file.written):
                 self._note_line(file, note)
-            file.end = start + whole
+            file.end = whole
         self._is_torn = False
 
     def _size(self) -> int:
-        """Return the size of the file that is written; -1 where there is none, or somebody has changed it."""
+        """Return the size of the file that is written; -1 where there is none, or somebody has cut it."""
         if not self.files or self.files[-1].fd < 0:
             return -1
-        end = self.files[-1].end  # first: another call may come in between
-        status = os.fstat(self.files[-1].fd)
-        return status.st_size if status.st_nlink and status.st_size >= end else -1
+        end = int(self.files[-1].end)  # first: another call may come in between
+        size = os.fstat(self.files[-1].fd).st_size
+        return size if size >= end else -1
 
     def _roll(self) -> None:
         file = _SpoolFile("%s.%06d.log" % (self.base, next(self._numbers)), self, 0)
         file.fd = _open_own_lines(file.path, 0o600)
         file.made = _inode(os.fstat(file.fd))
         _hold(file.fd, 0.0)  # until it is closed: see the head of this section
-        self._sound = (0, 0)
         self.files.append(file)
         for other in self.files[:-1]:
             other.close()

@@ -2996,7 +2996,7 @@ class Queue(analysys._LineQueue):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 17])
 def test_marks_nuls_and_every_kind_of_line_end_are_no_damage(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(analysys, "_CHUNK", chunk)
-    data = (b'\xef\xbb\xbf{"a":1}\n\n \0\n\0\0\0{"b":1}\r\n\r\n[1]\n{"c":1}\r{"d":1}\n  \x1a\n\xef\xbb\xbf{"e":1}')
+    data = (b'\xef\xbb\xbf{"a":1}\n\n \0\n\0\0\0{"b":1}\r\n\r\n[1]\n{"c":1}\r{"d":1}\n  \x1a\r\xef\xbb\xbf{"e":1}')
     queue = Queue(tmp_path, Lines(data))
     items = queue.all()
     assert [(json.loads(item.text.decode()), item.number) for item in items] == [
@@ -3016,20 +3016,85 @@ def test_lines_are_damaged_each_for_itself_also_where_one_begins_what_another_on
     assert [entry["record"].encode() for entry in rejected_in(tmp_path)] == damaged.splitlines(True)
 
 
+@table("text, length", [(b"{}\n", 9), (b'{"a":' + b"[" * 100000, None), (b'{"a":"' + b"x" * 300000 + b'"}', None)])
+def test_lines_are_damaged_together_as_each_alone(text, length):
+    texts = [b"{}\n", text, b"[]", b'{"a":1}\n']
+    lines = [analysys._Line(one, "file", 1, 0, 0, length if one is text and length else len(one), None) for one in texts]
+    assert analysys._damages(lines) == [analysys._damage(line.text, line.length) for line in lines]
+
+
+def test_no_file_can_hold_the_mark_between_lines():
+    assert analysys._mark.__wrapped__() != analysys._mark.__wrapped__()
+
+
+def test_up_to_where_a_file_is_settled_is_an_offset_and_few_ranges_before_it_that_are_not():
+    def taken(source, most):
+        lines = []
+        source.take(lines, most, 10 ** 6)
+        return lines
+    source = Lines(b"{}\n" * 400)
+    lines = taken(source, 400)
+    for line in lines[150:] + lines[:50]:
+        source.settle(line)
+    assert source.position() == (1200, 400, [(150, 50, 450)])
+    source = Lines(source.data, source.position())
+    lines = taken(source, 10)
+    for line in lines[:5]:
+        source.settle(line)
+    assert source.position() == (1200, 400, [(165, 55, 180), (180, 60, 450)])
+    source = Lines(source.data)
+    for line in taken(source, 400)[1::2]:
+        source.settle(line)
+    assert source.position() == (0, 0, [])             # too many to be noted
+
+
 def test_a_batch_of_lines_has_at_most_4_mib_of_text_but_at_least_one_line(tmp_path):
     large = b'{"a":"' + b"x" * (3 << 20) + b'"}\n'
     queue = Queue(tmp_path, Lines(large * 5 + b'{"a":"' + b"x" * (9 << 20) + b'"}\n' + large))
-    assert [len(queue.take(1000)) for _ in range(5)] == [1, 1, 1, 1, 1]
+    assert [len(queue.take(1000)) for _ in range(7)] == [1] * 7
+
+
+@table("text", [b"\n", b" ", b"[1]\n"])
+def test_in_a_file_without_end_that_holds_no_record_take_looks_no_further_in_a_while(tmp_path, text):
+    class Endless(Lines):
+        def open(self, offset):
+            reads = iter(range(1000))
+            return lambda size: next(reads) * b"" + text * (size // len(text))
+    queue = Queue(tmp_path, Endless(b""))
+    for _ in range(2):
+        assert queue.take(5000) == []
+    assert queue.ledger.stats()["rejected"] < 5000
+
+
+def test_of_many_empty_files_take_looks_at_some(tmp_path):
+    queue = Queue(tmp_path, *[Lines(b"") for _ in range(2000)])
+    assert queue.take(1000) == [] and not queue.sources[-1].is_read
+
+
+def test_a_long_line_of_a_file_that_was_shortened_meanwhile_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysys, "_MAX_TAKEN", 100000)
+    monkeypatch.setattr(analysys, "_CHUNK", 10000)
+
+    class Shortened(Lines):
+        def open(self, offset):
+            read, self.data = super().open(offset), self.data[:50000]      # the next time
+            return read
+    queue = Queue(tmp_path, Shortened(b'{"a":"' + b"x" * 200000 + b'"}\n{}\n'))
+    assert [item.text for item in queue.all()] == [b"{}\n"]
+    assert [entry["length"] for entry in rejected_in(tmp_path)] == [200009]
 
 
 def test_an_exception_out_of_a_signal_handler_while_lines_are_taken_loses_none(tmp_path):
     data = b"".join(b'{"n":%d}\n' % number for number in range(50))
     for step in range(1, 10000):
-        queue, items = Queue(tmp_path, Lines(data)), []
+        source, items = Lines(data), []
+        queue = Queue(tmp_path, source)
         was_interrupted = disturbed(lambda: items.extend(queue.take(7)), step, interrupt)
         if not was_interrupted or queue.ledger.stats()["accepted"]:        # from then on they are the caller's
             break
-        assert [json.loads(item.text.decode())["n"] for item in items + queue.all()] == list(range(50)), step
+        assert not source.flight
+        assert [(json.loads(item.text.decode())["n"], item.number) for item in queue.all()] == [
+            (number, number + 1) for number in range(50)], step
     assert step > 50
 
 
@@ -3377,6 +3442,136 @@ def test_wherever_an_exception_comes_out_of_a_signal_handler_the_records_before_
     with FaultyServer() as server:
         run("collecter = BatchCollecter(url, spool_path=folder)\n" + INTERRUPTED_ANYWHERE, server.url, tmp_path)
     assert [xwhat for xwhat in server.names if xwhat != "interrupted"] == numbered("e", 50)
+
+
+@contextlib.contextmanager
+def spool(folder, max_bytes=1 << 20):
+    """Yield the queue of a spool and what puts an event into it, larger by so many bytes."""
+    queue = analysys._Spool(str(folder), max_bytes, 10, 60)
+    try:
+        yield queue, lambda xwhat, size=0: queue.put(lines_of(xwhat).encode().replace(b"{", b"{" + b" " * size, 1))
+    finally:
+        queue.close()
+
+
+def held(folder):
+    """Return what the spool files in *folder* hold."""
+    return [xwhat for path in sorted(folder.glob("*.0*.log")) for xwhat in events_in(path)]
+
+
+def all_of(queue):
+    return list(itertools.chain.from_iterable(iter(lambda: queue.take(9), [])))
+
+
+def names_of(items):
+    return [json.loads(item.text.decode())["xwhat"] for item in items]
+
+
+@pytest.mark.parametrize("size", [0, 700])             # of which the second one goes into another file
+@pytest.mark.parametrize("inner", ["", "x", "xy", "take"])
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_spool_counts_what_it_holds_and_hands_it_out_once_whatever_comes_inside_any_step_of_put(
+        tmp_path, size, inner, is_interrupted):
+    def disturb():
+        if inner == "take":
+            taken.extend(queue.take(9))
+            assert len(taken) <= min(queue.ledger.stats()["accepted"], queue.mark()[0])
+        else:
+            for xwhat in inner:
+                put(xwhat, size)
+        if is_interrupted and "_note_line" not in [frame.name for frame in traceback.extract_stack()]:
+            interrupt()
+    for step in range(1, 200):
+        folder, taken = tmp_path / str(step), []
+        with spool(folder, 4000) as (queue, put):
+            put("a", size)
+            came = disturbed(lambda: put("b", size), step, disturb)
+            names = held(folder)
+            assert len(names) == queue.mark()[0] == queue.ledger.stats()["accepted"]
+            names += ["c"] if put("c", size) else []
+            taken += all_of(queue)
+            assert names_of(taken) == names
+            queue.settle(taken)
+            assert queue.mark() == (len(names), len(names))
+            balanced(queue.ledger.stats(), delivered=len(names), pending=0)
+        if not came:
+            break
+    assert step > 20
+
+
+@table("mends", ["at once", "with the next call"])
+def test_a_part_of_a_line_that_an_interrupted_call_left_is_cut_off(tmp_path, monkeypatch, mends):
+    def interrupted(fd, data):
+        monkeypatch.undo()
+        write(fd, data[:9])
+        if mends != "at once":
+            monkeypatch.setattr(os, "ftruncate", failing)
+        interrupt()
+
+    def failing(*_):
+        monkeypatch.undo()
+        raise OSError(errno.EIO, "")
+    write = os.write
+    with spool(tmp_path) as (queue, put):
+        put("a")
+        monkeypatch.setattr(os, "write", interrupted)
+        with pytest.raises((Interrupt, FileError)):
+            put("b")
+        put("c")
+        assert names_of(all_of(queue)) == held(tmp_path) == ["a", "c"] and queue.mark() == (2, 0)
+
+
+def test_what_somebody_cuts_off_is_lost_and_told_also_where_a_call_is_interrupted(tmp_path):
+    for step in range(1, 200):
+        folder = tmp_path / str(step)
+        with spool(folder) as (queue, put):
+            put("a", 999)                              # longer than what comes then, so that it shows
+            for path in folder.glob("*.0*.log"):
+                os.truncate(str(path), 0)
+            came = disturbed(lambda: put("b"), step, interrupt)
+            queue.due_at()                             # it looks whether its file is there
+            accepted = queue.ledger.stats()["accepted"]
+            queue.settle(all_of(queue))
+            assert queue.mark() == (accepted, accepted) and queue.ledger.stats()["rejected"] >= 1
+            assert put("c") and names_of(all_of(queue)) == ["c"]
+        if not came:
+            break
+    assert step > 20
+
+
+def test_a_closed_spool_hands_out_and_settles_nothing(tmp_path):
+    with spool(tmp_path) as (queue, put):
+        put("a")
+        put("b")
+        items = queue.take(1)
+        queue.close()
+        queue.settle(items)
+        assert queue.take(9) == [] and queue.mark() == (2, 0) and held(tmp_path) == ["a", "b"]
+        balanced(queue.ledger.stats(), accepted=2, pending=2)
+
+
+def test_a_line_that_was_damaged_on_disk_holds_up_no_flush(tmp_path):
+    with FaultyServer() as server, spooling(server, tmp_path, queue_cache_max_size=NEVER) as collecter:
+        collecter.uploadData(event("a"))
+        damage(tmp_path, lambda lines: [b"x" * (len(line) - 1) + b"\n" for line in lines])
+        collecter.flush()
+        balanced(collecter, accepted=1, rejected=1, pending=0)
+
+
+def test_a_spool_has_room_for_what_all_hold_the_share_of_rejected_log_and_one_file_more(tmp_path):
+    own, other = "%013d-1-00000000" % 1, tmp_path / ("%013d-1-00000000.000001.log" % 2)
+    room = analysys._Room(str(tmp_path), own, 4000)    # files of 1000 bytes, and up to three of 250 for what is rejected
+    (tmp_path / (own + ".000001.log")).write_bytes(bytes(2000))        # it knows how much itself
+    assert room.is_left(2250) and not room.is_left(2251)
+    other.write_bytes(bytes(2000))
+    wait_until(lambda: room.is_left(250) and not room.is_left(251))
+    other.unlink()
+    (tmp_path / "rejected.log.1").write_bytes(bytes(2000))
+    wait_until(lambda: room.is_left(1000) and not room.is_left(1001))
+    with spool(tmp_path / "large", 4000) as (queue, put):
+        for _ in range(3):                             # larger than a file: what is delivered takes no room
+            assert put("a", 2500)
+            queue.settle(queue.take(9))
 
 
 @posix_only
