@@ -3074,7 +3074,7 @@ class _Owner:
         # round it would be a file about which there is no note, and all of it would come again.
         stuck = None
         for file in filter(self.is_done, self.files[:]):
-            self.files.remove(file)
+            self.forget(file)
             try:
                 os.unlink(file.path)
             except FileNotFoundError:
@@ -3092,6 +3092,9 @@ class _Owner:
 
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done()
+
+    def forget(self, file: "_SpoolFile") -> None:
+        self.files.remove(file)
 
     def keep_lock(self) -> None:
         """Make the lock file anew where somebody removed it."""
@@ -3120,28 +3123,32 @@ class _Writer(_Owner):
 
     A call may come inside another one of the same thread, at any line (a ``__del__``, a signal handler), or end there
     in an exception, or both. So nobody undoes more than a write of his own that failed, and where an exception came out
-    of the outermost call, it counts the lines of the file anew: those of inner calls are accepted.
+    of the outermost call, it counts the lines of the file anew: those of inner calls are accepted. The one count that
+    there is, the file's, is changed in one step.
     """
 
     def __init__(self, directory: str, max_bytes: int) -> None:
         suffix = binascii.hexlify(os.urandom(4)).decode()
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
         self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
-        self.written = 0  # records
+        self._gone = 0  # records in files that were forgotten
         self.room = _Room(directory, self.name, max_bytes)
         self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
         self._numbers = itertools.count(1)  # of files; a step that no other call comes into
 
-    def append(self, lines: bytes, note: "Callable[[], None]") -> bool:
-        """Hand *lines* to the operating system, all or none; call *note* for each; return False where there is no room.
+    @property
+    def written(self) -> int:
+        """How many records were written. For a moment it may be told too high, never too low."""
+        files = self.files[:]  # first: forget() counts a file as gone before it goes
+        return sum([file.written for file in files]) + self._gone
 
-        Under `writing`.
-        """
+    def append(self, lines: bytes) -> bool:
+        """Hand *lines* to the operating system, all or none; return False where there is no room. Under `writing`."""
         is_inner, self._is_busy = self._is_busy, True
         try:
             if self._is_torn and not is_inner:  # since it could not be mended at once
-                self._mend(note)
+                self._mend()
             # By what was noted, not by a stat, which costs a third of the call: whether somebody has changed the file
             # is looked at once a second, and at the end.
             size = self.files[-1].end if self.files and self.files[-1].fd >= 0 else -1
@@ -3152,9 +3159,8 @@ class _Writer(_Owner):
                 self._roll()
             file = self.files[-1]
             _write_all(file.fd, lines)
-            for _ in range(lines.count(b"\n")):
-                self._note_line(file, note)
-            file.end += len(lines)  # after the notes: from here on they are taken
+            file.written += lines.count(b"\n")
+            file.end += len(lines)  # last: from here on they are taken
             return True
         except BaseException:
             self._is_torn = True
@@ -3162,7 +3168,7 @@ class _Writer(_Owner):
         finally:
             self._is_busy = is_inner
             if self._is_torn and not is_inner:
-                self._mend(note)
+                self._mend()
 
     def path(self) -> str:
         """Return where the next record goes, for a message."""
@@ -3170,6 +3176,10 @@ class _Writer(_Owner):
 
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done() and file.fd < 0
+
+    def forget(self, file: "_SpoolFile") -> None:
+        self._gone += file.written
+        super().forget(file)
 
     def drop(self, file: "_SpoolFile") -> "List[bytes]":
         """Forget a file that is gone; return those of its lines that were not taken and still can be read."""
@@ -3180,7 +3190,7 @@ class _Writer(_Owner):
             except OSError:  # it was closed, or its disk is gone
                 pass
             file.close()
-            self.files.remove(file)
+            self.forget(file)
             _unlink(file.path)  # what is left of it, where it was emptied
         return left.splitlines(True)
 
@@ -3195,21 +3205,15 @@ class _Writer(_Owner):
             file.close()
         super().disown()
 
-    def _note_line(self, file: "_SpoolFile", note: "Callable[[], None]") -> None:
-        file.written += 1
-        self.written += 1
-        note()
-
-    def _mend(self, note: "Callable[[], None]") -> None:
-        """Note the lines that calls left which ended in an exception, and cut off a part of one."""
+    def _mend(self) -> None:
+        """Count the lines that calls left which ended in an exception, and cut off a part of one."""
         size = self._size()
         if size >= 0:
             file = self.files[-1]
             lines = _read_at(file.fd, 0, size)
             whole = lines.rfind(b"\n") + 1
             os.ftruncate(file.fd, whole)
-            for _ in range(lines.count(b"\n") - file.written):
-                self._note_line(file, note)
+            file.written = lines.count(b"\n")
             file.end = whole
         self._is_torn = False
 
@@ -3414,9 +3418,11 @@ class _Spool(_LineQueue):
     def __init__(self, directory: str, max_bytes: int, due_size: int, interval: float) -> None:
         self._own = _Writer(directory, max_bytes)
         path = os.path.join(directory, "rejected.log")
-        super().__init__(_Ledger("adopted"), _RejectedLog(path, self._own.room.rejected_size))
-        self._leftovers = _Leftovers(directory, self._own.name)
-        self._tally = _Tally(due_size, interval)
+        own, self._tally = self._own, _Tally(due_size, interval)
+        tally = self._tally
+        ledger = _Ledger("adopted", held=lambda: own.written - tally.taken)  # not of self: that would be a cycle
+        super().__init__(ledger, _RejectedLog(path, own.room.rejected_size))
+        self._leftovers = _Leftovers(directory, own.name)
         self._notice_at = 0.0  # when to look again at our files and for others'
         self._warn_at = 0.0  # when to warn again of a disk that fails us
         self._echoes: "Set[bytes]" = set()  # lines that on_error tracked
@@ -3432,19 +3438,17 @@ class _Spool(_LineQueue):
         with own.writing:
             if self._closed:
                 raise _closed()
-            if own.written == self._tally.taken:
-                self._tally.since = _CLOCK.now()
             if type(line) is _Echo:
                 self._echoes.add(bytes(line))
             try:
-                if not own.append(line, self._note_accepted):
+                if not own.append(line):
                     return 0
             except OSError as error:
                 raise _unwritable(own.path(), error, [line]) from error
-            return max(1, own.written - self._tally.taken)
-
-    def _note_accepted(self) -> None:
-        self.ledger.add(_ACCEPTED)
+            waiting = own.written - self._tally.taken
+            if waiting <= 1:
+                self._tally.since = _CLOCK.now()
+            return max(1, waiting)
 
     def take_back(self, line: bytes) -> bool:
         return False  # what is on disk will be delivered
@@ -3515,10 +3519,10 @@ class _Spool(_LineQueue):
 
     def _count(self, lines: "List[Any]") -> None:
         own = [line for line in lines if line.source.owner is self._own]
-        self._tally.take(own)
-        adopted = len(lines) - len(own)
-        if adopted:
-            self.ledger.add({"adopted": adopted, "pending": adopted})
+        change = {"accepted": len(own), "adopted": len(lines) - len(own), "pending": len(lines)}
+        with self.ledger.lock:  # the tally's are no longer held
+            self.ledger.add(change)
+            self._tally.take(own)
 
     def _note(self, sources: "List[Any]") -> None:
         for owner in {id(file.owner): file.owner for file in sources}.values():
@@ -3581,8 +3585,11 @@ class _Spool(_LineQueue):
         lost = file.written - file.ranges[0][1]
         if lost > 0:
             reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
-            self.ledger.settle(lost, AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost])))
-            self._tally.lose(lost)
+            error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
+            with self.ledger.lock:
+                self.ledger.add({"accepted": lost, "pending": lost})
+                self._tally.lose(lost)
+            self.ledger.settle(lost, error)
             self._tally.advance()
 
 
