@@ -2114,7 +2114,7 @@ class _Ledger:
             changes = self._changes[:]
             with self.lock:  # so that nothing is on its way; and nothing is made here, lest a __del__ comes that waits
                 held = self._held()
-                if changes[-1] is self._changes[-1] and len(changes) == len(self._changes):
+                if changes[-1] is self._changes[-1]:  # where a queue holds nothing, any moment will do
                     break
         counts = _sum(changes)
         counts["accepted"] += held
@@ -4107,7 +4107,6 @@ class _Worker:
         if self._phase == _ENDED:
             return
         self._phase = _CLOSING
-        self._changed.notify()  # those who wait for room wait in vain
         began, problem = _CLOCK.now(), None
         # Ctrl-C may end the flush: the phase is still _CLOSING then, and the next close() goes on from here.
         try:

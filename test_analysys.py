@@ -3528,6 +3528,20 @@ def test_a_closed_spool_hands_out_and_settles_nothing(tmp_path):
         balanced(queue.ledger.stats(), accepted=2, pending=2)
 
 
+def test_a_disk_that_fails_for_a_while_stops_the_sender_no_longer(tmp_path, monkeypatch):
+    def failing(path, flags, *arguments):
+        if str(path).endswith("000001.log") and not flags & os.O_CREAT and failures:
+            failures.pop()
+            raise OSError(errno.EMFILE, "")
+        return kept(path, flags, *arguments)
+    kept, failures = os.open, [None] * 3
+    with FaultyServer() as server, spooling(server, tmp_path) as collecter:
+        monkeypatch.setattr(os, "open", failing)
+        collecter.uploadData(event("a"))
+        collecter.flush(20)
+        assert server.names == ["a"] and not failures
+
+
 def test_a_line_that_was_damaged_on_disk_holds_up_no_flush(tmp_path):
     with FaultyServer() as server, spooling(server, tmp_path, queue_cache_max_size=NEVER) as collecter:
         collecter.uploadData(event("a"))
@@ -3546,6 +3560,8 @@ def test_a_spool_has_room_for_what_all_hold_the_share_of_rejected_log_and_one_fi
     other.unlink()
     (tmp_path / "rejected.log.1").write_bytes(bytes(2000))
     wait_until(lambda: room.is_left(1000) and not room.is_left(1001))
+    (tmp_path / "rejected.log.1").write_bytes(bytes(9000))
+    wait_until(lambda: room.is_left(0) and not room.is_left(1))        # one file there may always be
     with spool(tmp_path / "large", 4000) as (queue, put):
         for _ in range(3):                             # larger than a file: what is delivered takes no room
             assert put("a", 2500)
@@ -4270,6 +4286,14 @@ def test_flush_cuts_back_offs_short_at_most_once_a_second_for_all_callers(monkey
         assert len(server.requests) <= 2 + (time.monotonic() - start) / 0.1
 
 
+def test_flush_cuts_a_back_off_short_that_begins_while_it_waits(monkeypatch, skipping):
+    for name in "_FIRST_BACKOFF", "_LAST_BACKOFF":
+        monkeypatch.setattr(analysys, name, 1000.0)
+    with FaultyServer(*[answer(503)] * 3) as server, batch(server) as (_, tracker):
+        track(tracker, "a")
+        tracker.flush(100)
+
+
 STUCK = [
     silent,
     dripping(b""),
@@ -4743,10 +4767,12 @@ def test_batch_sends_when_enough_wait_or_the_queue_is_full_or_time_is_over_and_n
         assert [numbers(batch) for batch in server.batches] == [list(range(count))]
 
 
-def test_batch_sends_an_alias_at_once_with_what_waits_before_it():
+def test_batch_sends_an_alias_at_once_with_what_waits_before_it(monkeypatch):
+    monkeypatch.setattr(analysys, "_LOOK_EVERY", NEVER)    # the sender looks when it is woken, not by itself
     with Server() as server:
         sdk = tracker_to(BatchCollecter(server.url, NEVER, NEVER))
         sdk.track("u", "Event")
+        wait_until(lambda: sdk._collecter._state()._changed._sleepers)
         sdk.alias("u", "d")
         wait_until(lambda: server.requests)
         assert server.batches == [[record("u", "Event"), record("u", "$alias", {"$original_id": "d"}, is_login=True)]]
@@ -4963,6 +4989,90 @@ def test_close_ends_a_flush_and_a_call_that_wait_in_other_threads():
                     collecter.close(0.3)
             assert len(ends) == 2                      # neither was done
             balanced(collecter, accepted=2, rejected=2)
+
+
+def test_an_on_error_may_close_its_collecter():
+    def on_error(error, records):
+        collecter.close()
+        closed.append(records)
+    closed = []
+    with FaultyServer(then=answer(200, code(400))) as server, logged() as entries:
+        collecter = BatchCollecter(server.url, NEVER, 1, on_error=on_error)
+        collecter.uploadData(event("a"))
+        wait_until(lambda: closed)
+        assert closed == [[event("a")]] and not entries
+
+
+def without_a_thread(server, *xwhats):
+    """Return the state of a batch collecter whose records nobody sends."""
+    state = BatchCollecter(server.url, NEVER, NEVER, request_timeout=5)._state()
+    state._thread = threading.current_thread()
+    for xwhat in xwhats:
+        state.put(analysys._line(event(xwhat)), False)
+    return state
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_what_is_urgent_inside_any_step_of_the_sender_is_sent_with_it_or_with_the_next_one(is_interrupted):
+    def disturb():
+        state.put(analysys._line(event("b")), True)
+        if is_interrupted and "attempt" in [frame.name for frame in traceback.extract_stack()]:
+            interrupt()
+    with FaultyServer() as server:
+        for step in range(1, 1000, 3):
+            state = without_a_thread(server, "a")
+            state._hurried = True
+            came = disturbed(state._step, step, disturb)
+            assert state._turn.is_free()
+            while not is_interrupted and state._step():
+                pass
+            assert is_interrupted or state.stats()["delivered"] == 1 + came
+            left = state._queue.close()
+            balanced(state.stats(), rejected=len(left), pending=0)
+            if not came:
+                break
+        assert step > 100
+
+
+def test_a_closed_collecter_sends_nothing_more_and_stays_closed_when_it_is_dropped():
+    with FaultyServer() as server:
+        state = without_a_thread(server, "a")
+        state._thread = None
+        state._queue.put(analysys._line(event("b")))
+        state._phase = analysys._ENDED                 # as another thread's close() does before it empties the queue
+        assert not state._step() and not server.requests
+        state.abandon()                                # after an exit hook has closed it
+        assert state.closed
+
+
+def test_what_is_refused_is_told_once_also_where_on_error_is_interrupted():
+    with FaultyServer(then=answer(200, code(400))) as server:
+        state = without_a_thread(server, "a")
+        state.on_error, state._hurried = interrupt, True
+        with pytest.raises(Interrupt):
+            state._step()
+        assert not state._queue.ledger.refusals and state._turn.is_free()
+
+
+def test_a_flush_does_not_wait_for_a_record_whose_call_close_overtook():
+    line = analysys._line(event("late"))
+    with FaultyServer() as server:
+        for step in range(1, 30):
+            state = without_a_thread(server)
+            state._thread = None
+            state._queue.put(line)
+            disturbed(lambda: state.flush(20), step, lambda: state._queue.take_back(line))
+            assert state.stats()["pending"] == 0
+
+
+def test_the_turn_is_one_threads_and_it_alone_gives_it_back():
+    turn, found = analysys._Turn(), []
+    assert turn.is_free() and turn.take() and turn.take() and turn.is_mine()
+    with threads(lambda: found.extend([turn.take(), turn.is_mine(), turn.give(), turn.is_free()])):
+        pass
+    assert found == [False, False, None, False]
+    turn.give()
+    assert turn.is_free()
 
 
 def test_an_on_error_that_raises_is_logged_and_the_worker_lives_on():
