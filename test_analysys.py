@@ -3018,7 +3018,7 @@ def test_lines_are_damaged_each_for_itself_also_where_one_begins_what_another_on
 
 @table("text, length", [(b"{}\n", 9), (b'{"a":' + b"[" * 100000, None), (b'{"a":"' + b"x" * 300000 + b'"}', None)])
 def test_lines_are_damaged_together_as_each_alone(text, length):
-    texts = [b"{}\n", text, b"[]", b'{"a":1}\n']
+    texts = [b'{"a":1}\n', text, b'{"b":1}\n']
     lines = [analysys._Line(one, "file", 1, 0, 0, length if one is text and length else len(one), None) for one in texts]
     assert analysys._damages(lines) == [analysys._damage(line.text, line.length) for line in lines]
 
@@ -3515,6 +3515,33 @@ def test_what_somebody_cuts_off_is_lost_and_told_also_where_a_call_is_interrupte
         if not came:
             break
     assert step > 20
+
+
+def test_what_a_spool_has_accepted_is_never_told_too_low(tmp_path):
+    for step in range(1, 400):
+        for look_inside in True, False:
+            with spool(tmp_path / ("%d%s" % (step, look_inside)), 4000) as (queue, put):
+                put("a", 700)
+                put("b", 700)                          # in another file: that of a goes when it is settled
+                items, found = queue.take(1), []
+                work = [lambda: queue.settle(items), lambda: found.append(queue.mark()[0])]
+                came = disturbed(work[not look_inside], step, work[look_inside])
+                assert found in ([], [2]) or found[0] > 2
+        if not came and step > 100:
+            break
+
+
+def test_a_spool_is_due_by_its_oldest_record(tmp_path, monkeypatch):
+    clock = FakeClock(monkeypatch)
+    with spool(tmp_path) as (queue, put):              # 60 seconds
+        put("a")
+        assert queue.due_at() > clock.now() + 30
+        clock.advance(40)
+        put("b")
+        assert queue.due_at() < clock.now() + 21
+        queue.settle(queue.take(9))
+        put("c")
+        assert queue.due_at() > clock.now() + 30
 
 
 def test_a_closed_spool_hands_out_and_settles_nothing(tmp_path):
@@ -4423,6 +4450,13 @@ def test_a_refusal_is_there_to_be_told_before_it_counts_as_settled():
     ledger.settle(1, IllegalData("refused"))
     ledger.settle(1)
     assert seen == [1, 1]
+    for step in range(1, 40):
+        queue, seen = analysys._MemoryQueue(9, 9, 1.0), []
+        queue.put(b"{}\n")
+        items = queue.take(9)
+        disturbed(lambda: queue.settle(items, IllegalData("refused")), step,
+                  lambda: seen.append(queue.mark()[1] <= len(queue.ledger.refusals)))
+        assert all(seen)
 
 
 def test_flush_returns_after_on_error_was_told_of_each_refusal():
@@ -6314,6 +6348,25 @@ def test_the_resolver_has_read_its_files_before_a_thread_looks_a_name_up_since_a
 
 @posix_only
 @pytest.mark.skipif(sys.version_info < (3, 7), reason="without os.register_at_fork")
+def test_a_fork_and_a_call_of_one_thread_do_not_wait_for_each_other_and_no_call_longer_than_its_time():
+    guard, found = analysys._ForkGuard(), []
+
+    def nested():
+        guard.hold_off(NEVER, int)
+        found.append(guard._inside.copy())             # a fork waits for the outer one again
+        guard.before()                                 # a signal handler forks
+
+    def work():
+        guard.hold_off(NEVER, nested)
+        assert guard.hold_off(NEVER, int) == 0
+        with threads(lambda: found.append(guard.hold_off(0.01, int))):
+            pass                                       # while that fork is still under way
+        guard.after_in_parent()
+    with threads(work):
+        pass
+    assert len(found[0]) == 1 and found[1:] == [0] and not guard._inside and not guard._forking
+
+
 def test_a_fork_waits_for_a_handshake_that_holds_locks_of_openssl_and_the_other_way_round_but_not_for_long():
     with FaultyServer(certificate=CERTIFICATE) as server:
         run("""
