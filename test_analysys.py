@@ -6348,8 +6348,6 @@ def test_the_resolver_has_read_its_files_before_a_thread_looks_a_name_up_since_a
         """ % kind)
 
 
-@posix_only
-@pytest.mark.skipif(sys.version_info < (3, 7), reason="without os.register_at_fork")
 def test_a_fork_and_a_call_of_one_thread_do_not_wait_for_each_other_and_no_call_longer_than_its_time():
     guard, found = analysys._ForkGuard(), []
 
@@ -6369,6 +6367,8 @@ def test_a_fork_and_a_call_of_one_thread_do_not_wait_for_each_other_and_no_call_
     assert len(found[0]) == 1 and found[1:] == [0] and not guard._inside and not guard._forking
 
 
+@posix_only
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="without os.register_at_fork")
 def test_a_fork_waits_for_a_handshake_that_holds_locks_of_openssl_and_the_other_way_round_but_not_for_long():
     with FaultyServer(certificate=CERTIFICATE) as server:
         run("""
