@@ -2098,18 +2098,18 @@ class _Ledger:
     """Counts that balance at any moment, accepted (+ adopted) = delivered + rejected + pending, and what is to be told.
 
     A __del__ or a signal handler that tracks may run anywhere, also inside these methods: a change is appended whole,
-    in one step, and who reads adds up what is there. What a queue in memory has not yet handed out, it counts itself
-    (*waiting*): a record is accepted by the one step that puts it there.
+    in one step, and who reads adds up what is there. What a queue in memory holds, it counts itself (*held*): a record
+    is accepted by the one step that puts it there.
     """
 
-    def __init__(self, *more: str, waiting: "Callable[[], int]" = int) -> None:
+    def __init__(self, *more: str, held: "Callable[[], int]" = int) -> None:
         # Guards what a queue moves between its parts. Never held while anything waits or sends. Re-entrant, for a
         # __del__ or a signal handler that closes what it interrupts.
         self.lock = threading.RLock()
         self.refusals: "Deque[AnalysysPythonSdkException]" = collections.deque()  # settled; who sends tells and pops
         names = ("accepted", "delivered", "rejected", "pending", "requests", "retries") + more
         self._changes: "List[Dict[str, int]]" = [dict.fromkeys(names, 0)]  # the first is the sum of all before
-        self._waiting = waiting
+        self._held = held
         self._shortening = threading.Lock()  # held by who shortens _changes; nobody waits for it
 
     def add(self, change: "Dict[str, int]") -> None:
@@ -2132,12 +2132,12 @@ class _Ledger:
         while True:
             changes = self._changes[:]
             with self.lock:  # so that nothing is on its way; and nothing is made here, lest a __del__ comes that waits
-                waiting = self._waiting()
-                if changes[-1] is self._changes[-1] and len(changes) == len(self._changes):
+                held = self._held()
+                if changes[-1] is self._changes[-1]:  # where a queue holds nothing, any moment will do
                     break
         counts = _sum(changes)
-        counts["accepted"] += waiting
-        counts["pending"] += waiting
+        counts["accepted"] += held
+        counts["pending"] += held
         return counts
 
 
@@ -2167,6 +2167,9 @@ class _MemoryQueue:
     `queue.Queue` would take a lock in put(), which deadlocks when the garbage collector runs a ``__del__`` that tracks
     while the lock is held. Here put() of a usual line takes none: a list of free slots bounds the queue and a deque
     holds it, and each of their steps is atomic. All else is done under the ledger's lock.
+
+    A close() may come inside take() and settle() too, out of a ``__del__`` in their thread. So one step moves lines in
+    flight, and one lets go of them: each line is with whoever took it out, here or there, and is counted once.
     """
 
     is_durable = False
@@ -2177,11 +2180,13 @@ class _MemoryQueue:
         self._interval = interval  # seconds
         self._slots: "List[None]" = [None] * max_size  # the free ones
         self._waiting: "Deque[Tuple[bytes, float]]" = collections.deque()  # (line, when it came)
-        self.ledger = _Ledger(waiting=self._waiting.__len__)
         # By number, counted in the order in which they came. Ordered, since settled is what came before the first.
-        self._inflight: "collections.OrderedDict[int, bytes]" = collections.OrderedDict()
-        self._taken = 0  # the number of the last one taken
-        self._closed = False
+        self._inflight: "collections.OrderedDict[int, Tuple[bytes, float]]" = collections.OrderedDict()
+        self._taken = 0  # the number of the last one that is being taken,
+        self._moved = 0  # and of the last one that was
+        self._final: "Optional[Tuple[int, int]]" = None  # once it is closed: what mark() says from then on
+        waiting, inflight = self._waiting, self._inflight
+        self.ledger = _Ledger(held=lambda: len(waiting) + len(inflight))  # not of self: that would be a cycle
 
     def put(self, line: bytes) -> int:
         # A handler may raise between any two of these steps. What tells how far it came is the queue itself: where the
@@ -2213,26 +2218,27 @@ class _MemoryQueue:
 
     def take(self, most: int) -> "List[Item]":
         with self.ledger.lock:
-            number = 0 if self._closed else min(most, len(self._waiting))
-            lines = [line for line, _ in _steady(lambda: list(itertools.islice(self._waiting, number)))]
-            numbers = range(self._taken + 1, self._taken + number + 1)
-            self._inflight.update(zip(numbers, lines))  # first: what is settled may be told too low, never too high
-            self._taken += number
-            self.ledger.add({"accepted": number, "pending": number})
-            # In one step, into which no signal handler comes: what were left here would be taken once more.
-            collections.deque(itertools.starmap(self._waiting.popleft, itertools.repeat((), number)), 0)
-        return list(zip(lines, numbers))
+            number = 0 if self._final else min(most, len(self._waiting))
+            before = max(self._moved, next(reversed(self._inflight), 0))  # a signal handler may have ended a take()
+            self._taken = before + number  # first: what was accepted may be told too high, never too low
+            entries = itertools.starmap(self._waiting.popleft, itertools.repeat((), number))
+            try:
+                moved = list(map(self._inflight.setdefault, range(before + 1, self._taken + 1), entries))  # in one step
+            except IndexError:  # a close() came in between
+                moved = []
+            self._moved = self._taken
+        return [(line, number) for number, (line, _) in enumerate(moved, before + 1)]
 
     def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         with self.ledger.lock:
-            if self._closed:  # what is in flight was counted and given back
+            if self._final:  # what is in flight was counted and given back
                 return
-            self.ledger.settle(len(items), error)
-            freed = 0
-            for line, number in items:
-                self._inflight.pop(number, None)
-                freed += 1 if len(line) <= _SLOT else self._size(line)
-            self._slots.extend([None] * freed)
+            if error is not None:
+                self.ledger.refusals.append(error)  # first, as in the ledger's settle()
+            numbers = [number for _, number in items]
+            gone = list(filter(None, map(self._inflight.pop, numbers, itertools.repeat(None))))  # in one step
+            self.ledger.add({"accepted": len(gone), "rejected" if error else "delivered": len(gone)})
+            self._slots.extend([None] * sum(1 if len(line) <= _SLOT else self._size(line) for line, _ in gone))
 
     def due_at(self) -> float:
         number = len(self._waiting)
@@ -2245,11 +2251,13 @@ class _MemoryQueue:
 
     def mark(self) -> "Tuple[int, int]":
         # No lock, since a signal handler may have interrupted who holds it. Read in this order, what is settled may be
-        # told too late and what was accepted too high for a moment, never the other way round: take() notes lines in
-        # flight before it counts them as taken, and counts them before they leave the others; settle() only removes.
-        taken = self._taken
+        # told too late and what was accepted too high for a moment, never the other way round: lines are counted as
+        # taken before take() moves them, and as moved, all settled where none is in flight, after that.
+        if self._final:
+            return self._final
+        moved = self._moved
         try:
-            settled = next(iter(self._inflight), taken + 1) - 1
+            settled = next(iter(self._inflight), moved + 1) - 1
         except RuntimeError:  # it was changed by another thread
             return self.mark()
         waiting = len(self._waiting)
@@ -2257,16 +2265,17 @@ class _MemoryQueue:
 
     def close(self) -> "List[bytes]":
         with self.ledger.lock:
-            if self._closed:
+            if self._final:
                 return []
-            self._closed = True  # and _inflight stays: it is not settled
-            taken, left = len(self._inflight), list(self._inflight.values())
+            self._final = self.mark()  # what is left is not settled
+            left = [line for line, _ in self._inflight.values()]
+            self._inflight.clear()
             try:
                 while True:  # what comes after the last one, its put() takes back
                     left.append(self._waiting.popleft()[0])
             except IndexError:
                 pass
-            self.ledger.add({"accepted": len(left) - taken, "pending": -taken, "rejected": len(left)})
+            self.ledger.add({"accepted": len(left), "rejected": len(left)})
         return left
 
     def disown(self) -> None:
@@ -3084,7 +3093,7 @@ class _Owner:
         # round it would be a file about which there is no note, and all of it would come again.
         stuck = None
         for file in filter(self.is_done, self.files[:]):
-            self.files.remove(file)
+            self.forget(file)
             try:
                 os.unlink(file.path)
             except FileNotFoundError:
@@ -3102,6 +3111,9 @@ class _Owner:
 
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done()
+
+    def forget(self, file: "_SpoolFile") -> None:
+        self.files.remove(file)
 
     def keep_lock(self) -> None:
         """Make the lock file anew where somebody removed it."""
@@ -3129,32 +3141,32 @@ class _Writer(_Owner):
 
     A call may come inside another one of the same thread, at any line (a ``__del__``, a signal handler), or end there
     in an exception, or both. So nobody undoes more than a write of his own that failed, and where an exception came out
-    of the outermost call, it counts the lines anew that came since it began: those of inner calls are accepted.
+    of the outermost call, it counts the lines of the file anew: those of inner calls are accepted. The one count that
+    there is, the file's, is changed in one step.
     """
 
     def __init__(self, directory: str, max_bytes: int) -> None:
         suffix = binascii.hexlify(os.urandom(4)).decode()
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
         self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
-        self.written = 0  # records
+        self._gone = 0  # records in files that were forgotten
         self.room = _Room(directory, self.name, max_bytes)
         self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
-        self._is_torn = False  # a call ended in an exception: the file may hold more than was noted,
-        self._sound: "Tuple[float, int]" = (0, 0)  # since it had so many bytes and lines
+        self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
         self._numbers = itertools.count(1)  # of files; a step that no other call comes into
 
-    def append(self, lines: bytes, note: "Callable[[], None]") -> bool:
-        """Hand *lines* to the operating system, all or none; call *note* for each; return False where there is no room.
+    @property
+    def written(self) -> int:
+        """How many records were written. For a moment it may be told too high, never too low."""
+        files = self.files[:]  # first: forget() counts a file as gone before it goes
+        return sum([file.written for file in files]) + self._gone
 
-        Under `writing`.
-        """
+    def append(self, lines: bytes) -> bool:
+        """Hand *lines* to the operating system, all or none; return False where there is no room. Under `writing`."""
         is_inner, self._is_busy = self._is_busy, True
         try:
-            if not is_inner:
-                if self._is_torn:  # since it could not be mended at once
-                    self._mend(note)
-                if self.files:
-                    self._sound = (self.files[-1].end, self.files[-1].written)
+            if self._is_torn and not is_inner:  # since it could not be mended at once
+                self._mend()
             # By what was noted, not by a stat, which costs a third of the call: whether somebody has changed the file
             # is looked at once a second, and at the end.
             size = self.files[-1].end if self.files and self.files[-1].fd >= 0 else -1
@@ -3165,9 +3177,8 @@ class _Writer(_Owner):
                 self._roll()
             file = self.files[-1]
             _write_all(file.fd, lines)
-            for _ in range(lines.count(b"\n")):
-                self._note_line(file, note)
-            file.end += len(lines)  # after the notes: from here on they are taken
+            file.written += lines.count(b"\n")
+            file.end += len(lines)  # last: from here on they are taken
             return True
         except BaseException:
             self._is_torn = True
@@ -3175,7 +3186,7 @@ class _Writer(_Owner):
         finally:
             self._is_busy = is_inner
             if self._is_torn and not is_inner:
-                self._mend(note)
+                self._mend()
 
     def path(self) -> str:
         """Return where the next record goes, for a message."""
@@ -3183,6 +3194,10 @@ class _Writer(_Owner):
 
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done() and file.fd < 0
+
+    def forget(self, file: "_SpoolFile") -> None:
+        self._gone += file.written
+        super().forget(file)
 
     def drop(self, file: "_SpoolFile") -> "List[bytes]":
         """Forget a file that is gone; return those of its lines that were not taken and still can be read."""
@@ -3193,7 +3208,7 @@ class _Writer(_Owner):
             except OSError:  # it was closed, or its disk is gone
                 pass
             file.close()
-            self.files.remove(file)
+            self.forget(file)
             _unlink(file.path)  # what is left of it, where it was emptied
         return left.splitlines(True)
 
@@ -3208,38 +3223,31 @@ class _Writer(_Owner):
             file.close()
         super().disown()
 
-    def _note_line(self, file: "_SpoolFile", note: "Callable[[], None]") -> None:
-        file.written += 1
-        self.written += 1
-        note()
-
-    def _mend(self, note: "Callable[[], None]") -> None:
-        """Note the lines that calls left which ended in an exception, and cut off a part of one."""
+    def _mend(self) -> None:
+        """Count the lines that calls left which ended in an exception, and cut off a part of one."""
         size = self._size()
         if size >= 0:
-            file, start, number = self.files[-1], int(self._sound[0]), self._sound[1]
-            added = _read_at(file.fd, start, max(0, size - start))
-            whole = added.rfind(b"\n") + 1
-            os.ftruncate(file.fd, start + whole)
-            for _ in range(number + added.count(b"\n") - file.written):
-                self._note_line(file, note)
-            file.end = start + whole
+            file = self.files[-1]
+            lines = _read_at(file.fd, 0, size)
+            whole = lines.rfind(b"\n") + 1
+            os.ftruncate(file.fd, whole)
+            file.written = lines.count(b"\n")
+            file.end = whole
         self._is_torn = False
 
     def _size(self) -> int:
-        """Return the size of the file that is written; -1 where there is none, or somebody has changed it."""
+        """Return the size of the file that is written; -1 where there is none, or somebody has cut it."""
         if not self.files or self.files[-1].fd < 0:
             return -1
-        end = self.files[-1].end  # first: another call may come in between
-        status = os.fstat(self.files[-1].fd)
-        return status.st_size if status.st_nlink and status.st_size >= end else -1
+        end = int(self.files[-1].end)  # first: another call may come in between
+        size = os.fstat(self.files[-1].fd).st_size
+        return size if size >= end else -1
 
     def _roll(self) -> None:
         file = _SpoolFile("%s.%06d.log" % (self.base, next(self._numbers)), self, 0)
         file.fd = _open_own_lines(file.path, 0o600)
         file.made = _inode(os.fstat(file.fd))
         _hold(file.fd, 0.0)  # until it is closed: see the head of this section
-        self._sound = (0, 0)
         self.files.append(file)
         for other in self.files[:-1]:
             other.close()
@@ -3428,9 +3436,11 @@ class _Spool(_LineQueue):
     def __init__(self, directory: str, max_bytes: int, due_size: int, interval: float) -> None:
         self._own = _Writer(directory, max_bytes)
         path = os.path.join(directory, "rejected.log")
-        super().__init__(_Ledger("adopted"), _RejectedLog(path, self._own.room.rejected_size))
-        self._leftovers = _Leftovers(directory, self._own.name)
-        self._tally = _Tally(due_size, interval)
+        own, self._tally = self._own, _Tally(due_size, interval)
+        tally = self._tally
+        ledger = _Ledger("adopted", held=lambda: own.written - tally.taken)  # not of self: that would be a cycle
+        super().__init__(ledger, _RejectedLog(path, own.room.rejected_size))
+        self._leftovers = _Leftovers(directory, own.name)
         self._notice_at = 0.0  # when to look again at our files and for others'
         self._warn_at = 0.0  # when to warn again of a disk that fails us
         self._echoes: "Set[bytes]" = set()  # lines that on_error tracked
@@ -3446,19 +3456,17 @@ class _Spool(_LineQueue):
         with own.writing:
             if self._closed:
                 raise _closed()
-            if own.written == self._tally.taken:
-                self._tally.since = _CLOCK.now()
             if type(line) is _Echo:
                 self._echoes.add(bytes(line))
             try:
-                if not own.append(line, self._note_accepted):
+                if not own.append(line):
                     return 0
             except OSError as error:
                 raise _unwritable(own.path(), error, [line]) from error
-            return max(1, own.written - self._tally.taken)
-
-    def _note_accepted(self) -> None:
-        self.ledger.add(_ACCEPTED)
+            waiting = own.written - self._tally.taken
+            if waiting <= 1:
+                self._tally.since = _CLOCK.now()
+            return max(1, waiting)
 
     def take_back(self, line: bytes) -> bool:
         return False  # what is on disk will be delivered
@@ -3529,10 +3537,10 @@ class _Spool(_LineQueue):
 
     def _count(self, lines: "List[Any]") -> None:
         own = [line for line in lines if line.source.owner is self._own]
-        self._tally.take(own)
-        adopted = len(lines) - len(own)
-        if adopted:
-            self.ledger.add({"adopted": adopted, "pending": adopted})
+        change = {"accepted": len(own), "adopted": len(lines) - len(own), "pending": len(lines)}
+        with self.ledger.lock:  # the tally's are no longer held
+            self.ledger.add(change)
+            self._tally.take(own)
 
     def _note(self, sources: "List[Any]") -> None:
         for owner in {id(file.owner): file.owner for file in sources}.values():
@@ -3595,8 +3603,11 @@ class _Spool(_LineQueue):
         lost = file.written - file.ranges[0][1]
         if lost > 0:
             reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
-            self.ledger.settle(lost, AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost])))
-            self._tally.lose(lost)
+            error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
+            with self.ledger.lock:
+                self.ledger.add({"accepted": lost, "pending": lost})
+                self._tally.lose(lost)
+            self.ledger.settle(lost, error)
             self._tally.advance()
 
 
@@ -4123,7 +4134,6 @@ class _Worker:
         if self._phase == _ENDED:
             return
         self._phase = _CLOSING
-        self._changed.notify()  # those who wait for room wait in vain
         began, problem = _CLOCK.now(), None
         # Ctrl-C may end the flush: the phase is still _CLOSING then, and the next close() goes on from here.
         try:

@@ -3019,7 +3019,7 @@ class Queue(analysys._LineQueue):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 17])
 def test_marks_nuls_and_every_kind_of_line_end_are_no_damage(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(analysys, "_CHUNK", chunk)
-    data = (b'\xef\xbb\xbf{"a":1}\n\n \0\n\0\0\0{"b":1}\r\n\r\n[1]\n{"c":1}\r{"d":1}\n  \x1a\n\xef\xbb\xbf{"e":1}')
+    data = (b'\xef\xbb\xbf{"a":1}\n\n \0\n\0\0\0{"b":1}\r\n\r\n[1]\n{"c":1}\r{"d":1}\n  \x1a\r\xef\xbb\xbf{"e":1}')
     queue = Queue(tmp_path, Lines(data))
     items = queue.all()
     assert [(json.loads(item.text.decode()), item.number) for item in items] == [
@@ -3039,20 +3039,85 @@ def test_lines_are_damaged_each_for_itself_also_where_one_begins_what_another_on
     assert [entry["record"].encode() for entry in rejected_in(tmp_path)] == damaged.splitlines(True)
 
 
+@table("text, length", [(b"{}\n", 9), (b'{"a":' + b"[" * 100000, None), (b'{"a":"' + b"x" * 300000 + b'"}', None)])
+def test_lines_are_damaged_together_as_each_alone(text, length):
+    texts = [b'{"a":1}\n', text, b'{"b":1}\n']
+    lines = [analysys._Line(one, "file", 1, 0, 0, length if one is text and length else len(one), None) for one in texts]
+    assert analysys._damages(lines) == [analysys._damage(line.text, line.length) for line in lines]
+
+
+def test_no_file_can_hold_the_mark_between_lines():
+    assert analysys._mark.__wrapped__() != analysys._mark.__wrapped__()
+
+
+def test_up_to_where_a_file_is_settled_is_an_offset_and_few_ranges_before_it_that_are_not():
+    def taken(source, most):
+        lines = []
+        source.take(lines, most, 10 ** 6)
+        return lines
+    source = Lines(b"{}\n" * 400)
+    lines = taken(source, 400)
+    for line in lines[150:] + lines[:50]:
+        source.settle(line)
+    assert source.position() == (1200, 400, [(150, 50, 450)])
+    source = Lines(source.data, source.position())
+    lines = taken(source, 10)
+    for line in lines[:5]:
+        source.settle(line)
+    assert source.position() == (1200, 400, [(165, 55, 180), (180, 60, 450)])
+    source = Lines(source.data)
+    for line in taken(source, 400)[1::2]:
+        source.settle(line)
+    assert source.position() == (0, 0, [])             # too many to be noted
+
+
 def test_a_batch_of_lines_has_at_most_4_mib_of_text_but_at_least_one_line(tmp_path):
     large = b'{"a":"' + b"x" * (3 << 20) + b'"}\n'
     queue = Queue(tmp_path, Lines(large * 5 + b'{"a":"' + b"x" * (9 << 20) + b'"}\n' + large))
-    assert [len(queue.take(1000)) for _ in range(5)] == [1, 1, 1, 1, 1]
+    assert [len(queue.take(1000)) for _ in range(7)] == [1] * 7
+
+
+@table("text", [b"\n", b" ", b"[1]\n"])
+def test_in_a_file_without_end_that_holds_no_record_take_looks_no_further_in_a_while(tmp_path, text):
+    class Endless(Lines):
+        def open(self, offset):
+            reads = iter(range(1000))
+            return lambda size: next(reads) * b"" + text * (size // len(text))
+    queue = Queue(tmp_path, Endless(b""))
+    for _ in range(2):
+        assert queue.take(5000) == []
+    assert queue.ledger.stats()["rejected"] < 5000
+
+
+def test_of_many_empty_files_take_looks_at_some(tmp_path):
+    queue = Queue(tmp_path, *[Lines(b"") for _ in range(2000)])
+    assert queue.take(1000) == [] and not queue.sources[-1].is_read
+
+
+def test_a_long_line_of_a_file_that_was_shortened_meanwhile_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysys, "_MAX_TAKEN", 100000)
+    monkeypatch.setattr(analysys, "_CHUNK", 10000)
+
+    class Shortened(Lines):
+        def open(self, offset):
+            read, self.data = super().open(offset), self.data[:50000]      # the next time
+            return read
+    queue = Queue(tmp_path, Shortened(b'{"a":"' + b"x" * 200000 + b'"}\n{}\n'))
+    assert [item.text for item in queue.all()] == [b"{}\n"]
+    assert [entry["length"] for entry in rejected_in(tmp_path)] == [200009]
 
 
 def test_an_exception_out_of_a_signal_handler_while_lines_are_taken_loses_none(tmp_path):
     data = b"".join(b'{"n":%d}\n' % number for number in range(50))
     for step in range(1, 10000):
-        queue, items = Queue(tmp_path, Lines(data)), []
+        source, items = Lines(data), []
+        queue = Queue(tmp_path, source)
         was_interrupted = disturbed(lambda: items.extend(queue.take(7)), step, interrupt)
         if not was_interrupted or queue.ledger.stats()["accepted"]:        # from then on they are the caller's
             break
-        assert [json.loads(item.text.decode())["n"] for item in items + queue.all()] == list(range(50)), step
+        assert not source.flight
+        assert [(json.loads(item.text.decode())["n"], item.number) for item in queue.all()] == [
+            (number, number + 1) for number in range(50)], step
     assert step > 50
 
 
@@ -3101,27 +3166,6 @@ def test_a_record_is_on_disk_before_the_call_returns_and_gone_when_it_is_deliver
             collecter.flush(20)
             assert server.names == numbered("e", 20)
     assert list(folder.iterdir()) == []
-
-
-def test_a_call_inside_another_does_not_end_the_spool_file_whose_last_line_is_not_noted_yet(tmp_path):
-    queue, taken = analysys._Spool(str(tmp_path / "spool"), 4000, 10, 60), []
-    def put(name, size):
-        queue.put(json.dumps({"xwhat": name, "p": "x" * size}).encode() + b"\n")
-    def take():
-        items = queue.take(10)
-        taken.extend(json.loads(item.text.decode())["xwhat"] for item in items)
-        queue.settle(items)
-    def inner():                                       # as a signal handler or __del__, and meanwhile the sender
-        del queue._note_accepted
-        queue._note_accepted()
-        put("inner", 800)
-        take()
-    put("first", 300)
-    queue._note_accepted = inner
-    put("outer", 300)
-    take()
-    assert taken == ["first", "outer", "inner"]
-    queue.close()
 
 
 def test_close_leaves_on_disk_what_is_not_delivered_and_raises_nothing(tmp_path):
@@ -3400,6 +3444,178 @@ def test_wherever_an_exception_comes_out_of_a_signal_handler_the_records_before_
     with FaultyServer() as server:
         run("collecter = BatchCollecter(url, spool_path=folder)\n" + INTERRUPTED_ANYWHERE, server.url, tmp_path)
     assert [xwhat for xwhat in server.names if xwhat != "interrupted"] == numbered("e", 50)
+
+
+@contextlib.contextmanager
+def spool(folder, max_bytes=1 << 20):
+    """Yield the queue of a spool and what puts an event into it, larger by so many bytes."""
+    queue = analysys._Spool(str(folder), max_bytes, 10, 60)
+    try:
+        yield queue, lambda xwhat, size=0: queue.put(lines_of(xwhat).encode().replace(b"{", b"{" + b" " * size, 1))
+    finally:
+        queue.close()
+
+
+def held(folder):
+    """Return what the spool files in *folder* hold."""
+    return [xwhat for path in sorted(folder.glob("*.0*.log")) for xwhat in events_in(path)]
+
+
+def all_of(queue):
+    return list(itertools.chain.from_iterable(iter(lambda: queue.take(9), [])))
+
+
+def names_of(items):
+    return [json.loads(item.text.decode())["xwhat"] for item in items]
+
+
+@pytest.mark.parametrize("size", [0, 700])             # of which the second one goes into another file
+@pytest.mark.parametrize("inner", ["", "x", "xy", "x, take"])
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_spool_counts_what_it_holds_and_hands_it_out_once_whatever_comes_inside_any_step_of_put(
+        tmp_path, size, inner, is_interrupted):
+    def disturb():
+        for xwhat in inner.split(",")[0]:              # as a signal handler or __del__,
+            put(xwhat, size)
+        if "take" in inner:                            # and meanwhile the sender
+            taken.extend(queue.take(9))
+            assert len(taken) <= queue.ledger.stats()["accepted"] == queue.mark()[0]
+        if is_interrupted:
+            interrupt()
+    for step in range(1, 200):
+        folder, taken = tmp_path / str(step), []
+        with spool(folder, 4000) as (queue, put):
+            put("a", size)
+            came = disturbed(lambda: put("b", size), step, disturb)
+            names = held(folder)
+            assert len(names) == queue.mark()[0] == queue.ledger.stats()["accepted"]
+            names += ["c"] if put("c", size) else []
+            taken += all_of(queue)
+            assert names_of(taken) == names
+            queue.settle(taken)
+            assert queue.mark() == (len(names), len(names))
+            balanced(queue.ledger.stats(), delivered=len(names), pending=0)
+        if not came:
+            break
+    assert step > 20
+
+
+@table("mends", ["at once", "with the next call"])
+def test_a_part_of_a_line_that_an_interrupted_call_left_is_cut_off(tmp_path, monkeypatch, mends):
+    def interrupted(fd, data):
+        monkeypatch.undo()
+        write(fd, data[:9])
+        if mends != "at once":
+            monkeypatch.setattr(os, "ftruncate", failing)
+        interrupt()
+
+    def failing(*_):
+        monkeypatch.undo()
+        raise OSError(errno.EIO, "")
+    write = os.write
+    with spool(tmp_path) as (queue, put):
+        put("a")
+        monkeypatch.setattr(os, "write", interrupted)
+        with pytest.raises((Interrupt, FileError)):
+            put("b")
+        put("c")
+        assert names_of(all_of(queue)) == held(tmp_path) == ["a", "c"] and queue.mark() == (2, 0)
+
+
+def test_what_somebody_cuts_off_is_lost_and_told_also_where_a_call_is_interrupted(tmp_path):
+    for step in range(1, 200):
+        folder = tmp_path / str(step)
+        with spool(folder) as (queue, put):
+            put("a", 999)                              # longer than what comes then, so that it shows
+            for path in folder.glob("*.0*.log"):
+                os.truncate(str(path), 0)
+            came = disturbed(lambda: put("b"), step, interrupt)
+            queue.due_at()                             # it looks whether its file is there
+            accepted = queue.ledger.stats()["accepted"]
+            queue.settle(all_of(queue))
+            assert queue.mark() == (accepted, accepted) and queue.ledger.stats()["rejected"] >= 1
+            assert put("c") and names_of(all_of(queue)) == ["c"]
+        if not came:
+            break
+    assert step > 20
+
+
+def test_what_a_spool_has_accepted_is_never_told_too_low(tmp_path):
+    for step in range(1, 400):
+        for look_inside in True, False:
+            with spool(tmp_path / ("%d%s" % (step, look_inside)), 4000) as (queue, put):
+                put("a", 700)
+                put("b", 700)                          # in another file: that of a goes when it is settled
+                items, found = queue.take(1), []
+                work = [lambda: queue.settle(items), lambda: found.append(queue.mark()[0])]
+                came = disturbed(work[not look_inside], step, work[look_inside])
+                assert found in ([], [2]) or found[0] > 2
+        if not came and step > 100:
+            break
+
+
+def test_a_spool_is_due_by_its_oldest_record(tmp_path, monkeypatch):
+    clock = FakeClock(monkeypatch)
+    with spool(tmp_path) as (queue, put):              # 60 seconds
+        put("a")
+        assert queue.due_at() > clock.now() + 30
+        clock.advance(40)
+        put("b")
+        assert queue.due_at() < clock.now() + 21
+        queue.settle(queue.take(9))
+        put("c")
+        assert queue.due_at() > clock.now() + 30
+
+
+def test_a_closed_spool_hands_out_and_settles_nothing(tmp_path):
+    with spool(tmp_path) as (queue, put):
+        put("a")
+        put("b")
+        items = queue.take(1)
+        queue.close()
+        queue.settle(items)
+        assert queue.take(9) == [] and queue.mark() == (2, 0) and held(tmp_path) == ["a", "b"]
+        balanced(queue.ledger.stats(), accepted=2, pending=2)
+
+
+def test_a_disk_that_fails_for_a_while_stops_the_sender_no_longer(tmp_path, monkeypatch):
+    def failing(path, flags, *arguments):
+        if str(path).endswith("000001.log") and not flags & os.O_CREAT and failures:
+            failures.pop()
+            raise OSError(errno.EMFILE, "")
+        return kept(path, flags, *arguments)
+    kept, failures = os.open, [None] * 3
+    with FaultyServer() as server, spooling(server, tmp_path) as collecter:
+        monkeypatch.setattr(os, "open", failing)
+        collecter.uploadData(event("a"))
+        wait_until(lambda: server.names == ["a"])      # and nobody calls
+        assert not failures
+
+
+def test_a_line_that_was_damaged_on_disk_holds_up_no_flush(tmp_path):
+    with FaultyServer() as server, spooling(server, tmp_path, queue_cache_max_size=NEVER) as collecter:
+        collecter.uploadData(event("a"))
+        damage(tmp_path, lambda lines: [b"x" * (len(line) - 1) + b"\n" for line in lines])
+        collecter.flush()
+        balanced(collecter, accepted=1, rejected=1, pending=0)
+
+
+def test_a_spool_has_room_for_what_all_hold_the_share_of_rejected_log_and_one_file_more(tmp_path):
+    own, other = "%013d-1-00000000" % 1, tmp_path / ("%013d-1-00000000.000001.log" % 2)
+    room = analysys._Room(str(tmp_path), own, 4000)    # files of 1000 bytes, and up to three of 250 for what is rejected
+    (tmp_path / (own + ".000001.log")).write_bytes(bytes(2000))        # it knows how much itself
+    assert room.is_left(2250) and not room.is_left(2251)
+    other.write_bytes(bytes(2000))
+    wait_until(lambda: room.is_left(250) and not room.is_left(251))
+    other.unlink()
+    (tmp_path / "rejected.log.1").write_bytes(bytes(2000))
+    wait_until(lambda: room.is_left(1000) and not room.is_left(1001))
+    (tmp_path / "rejected.log.1").write_bytes(bytes(9000))
+    wait_until(lambda: room.is_left(0) and not room.is_left(1))        # one file there may always be
+    with spool(tmp_path / "large", 4000) as (queue, put):
+        for _ in range(3):                             # larger than a file: what is delivered takes no room
+            assert put("a", 2500)
+            queue.settle(queue.take(9))
 
 
 @posix_only
@@ -4120,6 +4336,14 @@ def test_flush_cuts_back_offs_short_at_most_once_a_second_for_all_callers(monkey
         assert len(server.requests) <= 2 + (time.monotonic() - start) / 0.1
 
 
+def test_flush_cuts_a_back_off_short_that_begins_while_it_waits(monkeypatch, skipping):
+    for name in "_FIRST_BACKOFF", "_LAST_BACKOFF":
+        monkeypatch.setattr(analysys, name, 1000.0)
+    with FaultyServer(*[answer(503)] * 3) as server, batch(server) as (_, tracker):
+        track(tracker, "a")
+        tracker.flush(100)
+
+
 STUCK = [
     silent,
     dripping(b""),
@@ -4226,12 +4450,18 @@ def test_a_single_record_too_large_is_refused_for_good_and_the_next_batches_are_
     assert isinstance(error, IllegalData) and [entry["xwhat"] for entry in records] == ["large"]
 
 
-def test_the_ledger_is_shortened_and_holds_what_it_held():
-    with FaultyServer() as server, batch(server, 5, 100, queue_max_size=NEVER) as (collecter, tracker):
-        track(tracker, *numbered("e", 1500))
-        tracker.flush()
-        assert len(collecter._state()._queue.ledger._changes) < 1000
-        balanced(collecter, accepted=1500, delivered=1500, pending=0)
+@table("number", [1, 256])
+def test_the_ledger_is_shortened_and_holds_all_that_is_added_also_inside_any_step_of_it(number):
+    def add(times):
+        for _ in range(times):
+            ledger.add(analysys._ACCEPTED)
+    for step in range(1, 40):
+        ledger = analysys._Ledger()
+        add(255)
+        came = disturbed(lambda: add(2), step, lambda: add(number))
+        add(1500)
+        assert len(ledger._changes) < 1000
+        balanced(ledger.stats(), accepted=1757 + came * number)
 
 
 def test_a_refusal_is_there_to_be_told_before_it_counts_as_settled():
@@ -4243,6 +4473,13 @@ def test_a_refusal_is_there_to_be_told_before_it_counts_as_settled():
     ledger.settle(1, IllegalData("refused"))
     ledger.settle(1)
     assert seen == [1, 1]
+    for step in range(1, 40):
+        queue, seen = analysys._MemoryQueue(9, 9, 1.0), []
+        queue.put(b"{}\n")
+        items = queue.take(9)
+        disturbed(lambda: queue.settle(items, IllegalData("refused")), step,
+                  lambda: seen.append(queue.mark()[1] <= len(queue.ledger.refusals)))
+        assert all(seen)
 
 
 def test_flush_returns_after_on_error_was_told_of_each_refusal():
@@ -4259,7 +4496,8 @@ def test_flush_returns_after_on_error_was_told_of_each_refusal():
                 assert len(told) == number
 
 
-def test_a_flush_sends_all_that_waits_and_then_records_wait_for_more_again():
+def test_a_flush_sends_all_that_waits_and_then_records_wait_for_more_again(monkeypatch):
+    monkeypatch.setattr(analysys, "_LOOK_EVERY", NEVER)    # the sender looks when it is woken, not by itself
     with FaultyServer() as server, batch(server, 5, 100, collecter_max_size=1) as (collecter, tracker):
         track(tracker, *numbered("e", 90))
         tracker.flush(15)                              # and not a request for each look that it takes
@@ -4607,10 +4845,12 @@ def test_batch_sends_when_enough_wait_or_the_queue_is_full_or_time_is_over_and_n
         assert [numbers(batch) for batch in server.batches] == [list(range(count))]
 
 
-def test_batch_sends_an_alias_at_once_with_what_waits_before_it():
+def test_batch_sends_an_alias_at_once_with_what_waits_before_it(monkeypatch):
+    monkeypatch.setattr(analysys, "_LOOK_EVERY", NEVER)    # the sender looks when it is woken, not by itself
     with Server() as server:
         sdk = tracker_to(BatchCollecter(server.url, NEVER, NEVER))
         sdk.track("u", "Event")
+        wait_until(lambda: sdk._collecter._state()._changed._sleepers)
         sdk.alias("u", "d")
         wait_until(lambda: server.requests)
         assert server.batches == [[record("u", "Event"), record("u", "$alias", {"$original_id": "d"}, is_login=True)]]
@@ -4827,6 +5067,91 @@ def test_close_ends_a_flush_and_a_call_that_wait_in_other_threads():
                     collecter.close(0.3)
             assert len(ends) == 2                      # neither was done
             balanced(collecter, accepted=2, rejected=2)
+
+
+def test_an_on_error_may_close_its_collecter():
+    def on_error(error, records):
+        collecter.close()
+        closed.append(records)
+    closed = []
+    with FaultyServer(then=answer(200, code(400))) as server, logged() as entries:
+        collecter = BatchCollecter(server.url, NEVER, 1, on_error=on_error)
+        collecter.uploadData(event("a"))
+        wait_until(lambda: closed)
+        assert closed == [[event("a")]] and not entries
+
+
+def without_a_thread(server, *xwhats):
+    """Return the state of a batch collecter whose records nobody sends."""
+    collecter = BatchCollecter(server.url, NEVER, NEVER, 1, request_timeout=5)
+    collecter._closed, state = True, collecter._state()        # so it abandons nothing when it is dropped
+    state._thread = threading.current_thread()
+    for xwhat in xwhats:
+        state.put(analysys._line(event(xwhat)), False)
+    return state
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_what_is_urgent_inside_any_step_of_the_sender_is_sent_with_it_or_with_the_next_one(is_interrupted):
+    def disturb():
+        state.put(analysys._line(event("b")), True)
+        if is_interrupted and "attempt" in [frame.name for frame in traceback.extract_stack()]:
+            interrupt()
+    with FaultyServer() as server:
+        for step in itertools.chain(range(1, 80), range(80, 1000, 7)):
+            state = without_a_thread(server, "a")
+            state._hurried = True
+            came = disturbed(state._step, step, disturb)
+            assert state._turn.is_free()
+            while not is_interrupted and state._step():
+                pass
+            assert is_interrupted or state.stats()["delivered"] == 1 + came
+            left = state._queue.close()
+            balanced(state.stats(), rejected=len(left), pending=0)
+            if not came:
+                break
+        assert step > 100
+
+
+def test_a_closed_collecter_sends_nothing_more_and_stays_closed_when_it_is_dropped():
+    with FaultyServer() as server:
+        state = without_a_thread(server, "a")
+        state._thread = None
+        state._queue.put(analysys._line(event("b")))
+        state._phase = analysys._ENDED                 # as another thread's close() does before it empties the queue
+        assert not state._step() and not server.requests
+        state.abandon()                                # after an exit hook has closed it
+        assert state.closed
+
+
+def test_what_is_refused_is_told_once_also_where_on_error_is_interrupted():
+    with FaultyServer(then=answer(200, code(400))) as server:
+        state = without_a_thread(server, "a")
+        state.on_error, state._hurried = interrupt, True
+        with pytest.raises(Interrupt):
+            state._step()
+        assert not state._queue.ledger.refusals and state._turn.is_free()
+
+
+def test_a_flush_does_not_wait_for_a_record_whose_call_close_overtook():
+    line = analysys._line(event("late"))
+    with FaultyServer() as server:
+        for step in range(1, 30):
+            state = without_a_thread(server)
+            state._thread = None
+            state._queue.put(line)
+            disturbed(lambda: state.flush(20), step, lambda: state._queue.take_back(line))
+            assert state.stats()["pending"] == 0
+
+
+def test_the_turn_is_one_threads_and_it_alone_gives_it_back():
+    turn, found = analysys._Turn(), []
+    assert turn.is_free() and turn.take() and turn.take() and turn.is_mine()
+    with threads(lambda: found.extend([turn.take(), turn.is_mine(), turn.give(), turn.is_free()])):
+        pass
+    assert found == [False, False, None, False]
+    turn.give()
+    assert turn.is_free()
 
 
 def test_an_on_error_that_raises_is_logged_and_the_worker_lives_on():
@@ -5174,13 +5499,115 @@ def test_what_a_finalizer_tracks_while_the_thread_of_a_dropped_collecter_ends_is
 
 @pytest.mark.parametrize("step", range(1, 60))
 def test_wherever_a_signal_handler_raises_in_put_the_queue_keeps_its_room_and_its_counts(step):
-    queue, put = analysys._MemoryQueue(1, 1, 1.0), []
+    queue, put = analysys._MemoryQueue(2, 2, 1.0), []
+    queue.put(b"{}\n")                                 # one that equals it
     disturbed(lambda: put.append(queue.put(b"{}\n")), step, interrupt)
     accepted, settled = queue.mark()
-    items = queue.take(1)
-    assert settled == 0 and accepted == len(items) == queue.ledger.stats()["pending"] and len(items) >= len(put)
+    items = queue.take(2)
+    assert settled == 0 and accepted == len(items) == queue.ledger.stats()["pending"] and len(items) > len(put)
     queue.settle(items)
-    assert queue.put(b"{}\n")
+    assert queue.put(b"{}\n") and queue.put(b"{}\n") and not queue.put(b"{}\n")
+
+
+def test_a_record_that_came_in_before_a_signal_handler_raised_keeps_its_room():
+    class Interrupted(collections.deque):
+        def append(self, entry):
+            super().append(entry)
+            interrupt()
+    queue = analysys._MemoryQueue(1, 1, 1.0)
+    queue._waiting = Interrupted()
+    with pytest.raises(Interrupt):
+        queue.put(b"{}\n")
+    assert not queue.put(b"{}\n") and len(queue.take(9)) == 1
+
+
+def test_wherever_a_signal_handler_raises_in_take_no_record_is_lost_or_there_twice():
+    for step in range(1, 40):
+        queue, lines = analysys._MemoryQueue(9, 9, 1.0), [b"0\n", b"1\n", b"2\n", b"3\n"]
+        for line in lines:
+            queue.put(line)
+        disturbed(lambda: queue.take(2), step, interrupt)
+        queue.take(1)
+        assert queue.mark() == (4, 0) and queue.close() == lines
+        balanced(queue.ledger.stats(), accepted=4, rejected=4)
+
+
+@pytest.mark.parametrize("call, other", list(itertools.permutations(["take", "settle", "close", "stats"], 2)))
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_each_record_counts_once_whatever_comes_inside_any_step_of_a_queue_from_another_thread_or_its_own(
+        call, other, is_inside):
+    def work(name):
+        if name == "take":
+            queue.take(2)
+        elif name == "settle":
+            queue.settle(items)
+        elif name == "close":
+            left.extend(queue.close())
+        else:
+            seen.append(queue.ledger.stats())
+
+    def disturb():
+        if is_inside:                                  # a __del__ or a signal handler
+            work(other)
+        else:                                          # it may have to wait for the end of *call*
+            thread.start()
+            thread.join(0.005)
+    lines = [b"0\n", b"1\n", b"2\n", b"3\n"]
+    for step in range(1, 60):
+        queue, left, seen = analysys._MemoryQueue(9, 9, 1.0), [], []
+        thread = threading.Thread(target=work, args=(other,))
+        for line in lines:
+            queue.put(line)
+        items = queue.take(2)[1:]
+        if not disturbed(lambda: work(call), step, disturb):
+            break
+        if not is_inside:
+            thread.join(20)
+        work("close")
+        for stats in seen if not is_inside else ():
+            balanced(stats, accepted=4)
+        balanced(queue.ledger.stats(), accepted=4, pending=0, rejected=len(left))
+        assert left in (lines, lines[:1] + lines[2:]) and queue.mark()[1] == 0 and queue.mark()[0] >= 4
+
+
+def test_in_a_queue_in_memory_the_oldest_record_decides_when_it_is_due_and_what_is_settled(monkeypatch):
+    clock, queue = FakeClock(monkeypatch), analysys._MemoryQueue(9, 9, 15.0)
+    for line in b"0\n", b"1\n", b"2\n":
+        queue.put(line)
+        clock.advance(4)
+    assert queue.due_at() < clock.now() + 4
+    items = queue.take(9)
+    queue.settle(items[1:])
+    assert queue.mark() == (3, 0)
+    queue.settle(items[:1])
+    assert queue.mark() == (3, 3)
+
+
+def test_a_closed_queue_in_memory_has_given_all_back_once_and_hands_out_nothing():
+    queue, late = analysys._MemoryQueue(4, 9, 1.0), b"late\n"
+    for line in b"0\n", b"1\n", b"2\n":
+        queue.put(line)
+    items = queue.take(2)
+    assert queue.close() == [b"0\n", b"1\n", b"2\n"] and queue.close() == []
+    queue.settle(items)                                # its request ends
+    for _ in range(3):
+        assert queue.put(late) and queue.take(9) == [] and queue.take_back(late) and not queue.take_back(late)
+    assert queue.mark() == (3, 0)
+    balanced(queue.ledger.stats(), accepted=3, rejected=3)
+
+
+def test_what_another_thread_settles_while_a_queue_is_looked_at_is_no_error():
+    class Changed(collections.OrderedDict):
+        def __iter__(self):
+            found = super().__iter__()
+            queue.settle(items[:1])
+            return found
+    queue = analysys._MemoryQueue(9, 9, 1.0)
+    queue.put(b"0\n")
+    queue.put(b"1\n")
+    items = queue.take(2)
+    queue._inflight = Changed(queue._inflight)
+    assert queue.mark() == (2, 1)
 
 
 def test_wherever_a_small_record_comes_into_the_put_of_a_large_one_no_room_is_lost():
@@ -5229,7 +5656,8 @@ def test_a_look_and_a_large_record_inside_any_step_of_a_queue_neither_hang_nor_s
     told = []
 
     def disturb(queue):
-        told.append((queue.mark()[1], queue.ledger.stats()["delivered"]))
+        told.append(queue.mark())
+        queue.ledger.stats()
         queue.put(b"x" * 40000)
 
     def work():
@@ -5240,7 +5668,12 @@ def test_a_look_and_a_large_record_inside_any_step_of_a_queue_neither_hang_nor_s
             disturbed(lambda: queue.settle(queue.take(2)[:1]), step, lambda: disturb(queue))
     with threads(work):
         pass
-    assert len(told) > 20 and all(settled <= delivered for settled, delivered in told)
+    assert len(told) > 20 and all(accepted >= 2 and settled <= 1 for accepted, settled in told)
+    for step in range(1, 20):                          # and inside a look, the sender
+        queue = analysys._MemoryQueue(9, 9, 1.0)
+        queue.put(b"{}\n")
+        disturbed(lambda: told.append(queue.mark()), step, lambda: queue.take(2))
+        assert told[-1][0] >= 1 and told[-1][1] == 0
 
 
 def test_queue_timeout_bounds_the_wait_for_room_and_0_never_waits(skipping):
@@ -5983,6 +6416,25 @@ def test_the_resolver_has_read_its_files_before_a_thread_looks_a_name_up_since_a
             first = cost()
             assert first == cost(), first
         """ % kind)
+
+
+def test_a_fork_and_a_call_of_one_thread_do_not_wait_for_each_other_and_no_call_longer_than_its_time():
+    guard, found = analysys._ForkGuard(), []
+
+    def nested():
+        guard.hold_off(NEVER, int)
+        found.append(guard._inside.copy())             # a fork waits for the outer one again
+        guard.before()                                 # a signal handler forks
+
+    def work():
+        guard.hold_off(NEVER, nested)
+        assert guard.hold_off(NEVER, int) == 0
+        with threads(lambda: found.append(guard.hold_off(0.01, int))):
+            pass                                       # while that fork is still under way
+        guard.after_in_parent()
+    with threads(work):
+        pass
+    assert len(found[0]) == 1 and found[1:] == [0] and not guard._inside and not guard._forking
 
 
 @posix_only
