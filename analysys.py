@@ -5533,7 +5533,7 @@ class _Site(Receiver):
     def _stream(self, request: "_Request") -> "_Reply":
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else 0
-        headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}  # nginx would gather it
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}  # for nginx
         headers.update(_HEADERS)
         return _Reply(200, headers, lambda connection: self._follow(connection, start))
 
