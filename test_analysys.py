@@ -5177,6 +5177,7 @@ def test_a_flush_does_not_wait_for_a_record_whose_call_close_overtook():
             state._queue.put(line)
             disturbed(lambda: state.flush(20), step, lambda: state._queue.take_back(line))
             assert state.stats()["pending"] == 0
+            state.close(20)
 
 
 def test_the_turn_is_one_threads_and_it_alone_gives_it_back():
