@@ -2922,6 +2922,41 @@ def test_new_log_files_are_0640_less_the_umask(tmp_path):
     assert modes == {"a": 0o640, "b": 0o600}
 
 
+@table("part", [None, 9])
+def test_a_line_whose_call_was_interrupted_is_whole_and_counts_or_is_not_there(tmp_path, monkeypatch, part):
+    def interrupted(fd, data):
+        monkeypatch.undo()
+        write(fd, data[:part])
+        interrupt()
+    write = os.write
+    with contextlib.closing(LogCollecter(str(tmp_path))) as collecter:
+        collecter.uploadData(event("a"))
+        monkeypatch.setattr(os, "write", interrupted)
+        with pytest.raises(Interrupt):
+            collecter.uploadData(event("b"))
+        collecter.uploadData(event("c"))
+        names = [one["xwhat"] for one in lines(tmp_path)]
+        assert names == (["a", "c"] if part else ["a", "b", "c"])
+        balanced(collecter, accepted=len(names), delivered=len(names))
+
+
+def test_a_cut_line_is_ended_also_in_another_file_of_the_same_length(tmp_path):
+    with contextlib.closing(LogCollecter(str(tmp_path), general_rule="day")) as collecter:
+        collecter.uploadData(event("a"))
+        path, = tmp_path.glob("datas_*")
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(b"x" * len(data))
+        collecter.uploadData(event("b"))
+        assert path.read_bytes() == b"x" * len(data) + b"\n" + data.replace(b'"a"', b'"b"')
+
+
+def test_of_a_record_that_is_too_large_for_rejected_log_the_beginning_is_there(tmp_path):
+    line = analysys._Line(b"x" * 9000, "file", 1, 0, 9000, 9000, None)
+    analysys._RejectedLog(str(tmp_path / "rejected.log"), 6000).add([(line, "refused")], False)
+    assert [(entry["record"], entry["length"]) for entry in rejected_in(tmp_path)] == [("x" * 4096, 9000)]
+
+
 def test_a_line_that_was_cut_after_its_writers_own_last_write_is_ended_before_the_next(tmp_path):
     collecter = LogCollecter(str(tmp_path))
     collecter._state().clock = lambda: 1532514947.857
@@ -5142,6 +5177,7 @@ def test_a_flush_does_not_wait_for_a_record_whose_call_close_overtook():
             state._queue.put(line)
             disturbed(lambda: state.flush(20), step, lambda: state._queue.take_back(line))
             assert state.stats()["pending"] == 0
+            state.close(20)
 
 
 def test_the_turn_is_one_threads_and_it_alone_gives_it_back():
