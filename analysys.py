@@ -183,7 +183,7 @@ _MAX_STRUCTURE = 256 * 1024  # bytes of a line that are not within quotes: a rec
 _QUOTED = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _CHUNK = 128 * 1024  # bytes read of a file at once
 _MAX_TAKEN = 4 * 1024 * 1024  # bytes of lines taken at once, unless one is longer; C8 allows 8 MiB, and 64 MB in all
-_MAX_HOLES = 100  # ranges of lines that stand aside and are noted
+_MAX_HOLES = 2000  # ranges of lines that are not settled and are noted: more than _MOST_ASIDE makes
 _SOURCE_COST = 8192  # bytes of lines that can be read in the time that another file takes
 _MOST_ADOPTED = 50  # processes whose files are adopted at once: each takes a descriptor
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
@@ -6746,6 +6746,7 @@ class _Files:
         """Return the files that are new or have changed since they were read, in order."""
         found = self.listing.all()
         rung = self._bell.rung(self.listing.folders) if self._bell is not None else set()
+        # Some are looked at by turns and the newest each time; all of them only where the system could not tell.
         begin = self._turn if self._turn < len(found) else 0
         self._turn = begin + _LOOKED_AT
         looked_at = set(found) if rung is None else rung.union(found[begin : self._turn], found[-_LOOKED_AT // 4 :])
@@ -6807,7 +6808,7 @@ class _Text:
 
     def go(self, offset: int) -> bool:
         """Have the next block begin at *offset*; return whether there is such a place."""
-        self.offset, self.before = max(0, offset - _HASHED), b""
+        self.offset, self.before = max(0, offset - _HASHED), b""  # from a little before it: that is what tells a change
         self._file.seek(self.offset)
         self._pass(self._file.read(offset - self.offset))
         return self.offset == offset
@@ -7010,6 +7011,7 @@ class _Log(_Source):
             texts.pop()
         if texts and last.end > place:
             self.offset, self.number = last.end, last.number
+            # What stands before the place is put together from the end, as far as the lines touch: nothing is read anew.
             known, first = b"", last.end
             for text, line in zip(reversed(texts), reversed(lines[: len(texts)])):
                 if len(known) == _HASHED or line.end != first or len(text) != line.end - line.start:
@@ -7022,13 +7024,11 @@ class _Log(_Source):
         offset, number, holes = self.position()
         if offset > self.offset:  # what is blank there was not kept
             offset, number = self.offset, self.number
-        was = self.entry.get("place", [0])[0]
-        if offset >= was:
-            head, tail = self.text.head[:offset], self.tail if offset == self.offset else b""
-            size = max([size for size in _HEAD_SIZES if size <= len(head)] + [0])
-            known = {"head": [size, _hash(head[:size])], "tail": [len(tail), _hash(tail)]}
-            self.entry.update(known, place=[offset, number], cut=self.entry.get("cut", 0) if offset == was else 0)
-        self.entry["holes"] = holes
+        head, tail = self.text.head[:offset], self.tail if offset == self.offset else b""
+        size = max([size for size in _HEAD_SIZES if size <= len(head)] + [0])
+        cut = self.entry.get("cut", 0) if offset == self.entry.get("place", [0])[0] else 0
+        known = {"head": [size, _hash(head[:size])], "tail": [len(tail), _hash(tail)]}
+        self.entry.update(known, place=[offset, number], holes=holes, cut=cut)
 
 
 def _is_rejection(text: bytes) -> bool:
@@ -7072,6 +7072,7 @@ class _Journal:
 
     def write_anew(self, text: bytes) -> None:
         """Have the file hold *text*, or what it held where that fails."""
+        # A draft is renamed over it when all of it is on disk: at any moment the old one is there, whole, or the new one.
         draft = self.path + ".new"
         if os.path.lexists(draft):
             os.unlink(draft)
@@ -7188,6 +7189,7 @@ class _Checkpoint:
 
     @staticmethod
     def _may_be(entry: "Record", name: str, head: bytes, keys: "List[Tuple[int, str]]") -> bool:
+        # By what was read of the file already: most entries that do not fit are ruled out before anything is read.
         place, (size, digest) = entry["place"][0], entry["tail"]
         if not place:  # then nothing but the name is known
             return bool(entry["name"] == name)
@@ -7460,12 +7462,12 @@ class _Shipment(_LineQueue):
             if log is None:
                 if not self._turn_to_next():
                     return None
-            elif not log.is_held and not log.text.is_paused:
+            elif not log.is_held and not log.text.is_paused:  # it is done with
                 self._log = None
                 self.places.leave(log)
-            elif self._inhand:
+            elif self._inhand:  # standard input pauses, or a broken last line waits: what is in hand goes out first
                 return None
-            else:
+            else:  # and then it is looked at again
                 log.is_held = log.is_read = False
         return self._log
 

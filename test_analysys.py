@@ -8648,6 +8648,26 @@ def test_dry_run_sends_and_writes_nothing_and_tells_the_errors_with_the_first_of
     assert sorted(path.name for path in tmp_path.iterdir()) == [first.name, second.name]
 
 
+@pytest.mark.parametrize("most", [analysys._MAX_HOLES, 20])
+def test_whatever_stands_aside_comes_again_after_a_stop_also_where_there_is_more_than_can_be_noted(tmp_path, monkeypatch, most):
+    log_file(tmp_path / "datas_2018072510.log", *numbered("e", 2 * analysys._MOST_ASIDE))
+
+    def taken(step):
+        """Take all lines, settle every *step*th of them, and stop."""
+        listing = analysys._Listing([str(tmp_path)], [], False)
+        with contextlib.closing(analysys._Checkpoints("", listing)) as checkpoints:
+            files = analysys._Files(listing, lambda: None)
+            shipment = analysys._Shipment(files, checkpoints, analysys._Stop(), False)
+            items = shipment.take(10000)
+            for item in items[1::step]:
+                shipment.settle([item])
+            return [json.loads(item.text.decode())["xwhat"] for item in items]
+    monkeypatch.setattr(analysys, "_MAX_HOLES", most)
+    names = taken(2)
+    again = taken(10000)
+    assert again == (names[::2] if most > 20 else names)
+
+
 def test_batch_header_and_request_timeout_reach_the_requests(tmp_path):
     path = log_file(tmp_path / "datas_2018072510.log", *numbered("e", 7))
     with FaultyServer(lambda server, request: server.closed.wait(10) and b"") as server:
