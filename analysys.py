@@ -7011,7 +7011,7 @@ class _Log(_Source):
             texts.pop()
         if texts and last.end > place:
             self.offset, self.number = last.end, last.number
-            # What stands before the place is put together from the end, as far as the lines touch: nothing is read anew.
+            # What stands before the place is put together from the end, as far as the lines touch: none is read anew.
             known, first = b"", last.end
             for text, line in zip(reversed(texts), reversed(lines[: len(texts)])):
                 if len(known) == _HASHED or line.end != first or len(text) != line.end - line.start:
@@ -7072,7 +7072,7 @@ class _Journal:
 
     def write_anew(self, text: bytes) -> None:
         """Have the file hold *text*, or what it held where that fails."""
-        # A draft is renamed over it when all of it is on disk: at any moment the old one is there, whole, or the new one.
+        # A draft is renamed over it when all of it is on disk: so there is always a whole one.
         draft = self.path + ".new"
         if os.path.lexists(draft):
             os.unlink(draft)
