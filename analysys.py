@@ -3689,10 +3689,11 @@ class _Outage:
             return "the server answers, it is not their turn yet" if self._was_answered else "no answer has come yet"
         return "the server has been failing for %.1f s (%s)" % (_CLOCK.now() - since, self.reason)
 
-    def warn(self, pending: int) -> None:
+    def warn(self, ledger: "_Ledger") -> None:
         """Log an outage when it begins, then once a minute; none that keeps nobody waiting: close() may have come."""
         now = _CLOCK.now()
-        if pending and self.since is not None and now >= self._next_warning:
+        pending = ledger.stats()["pending"] if self.since is not None and now >= self._next_warning else 0
+        if pending:
             self._next_warning = now + _WARN_EVERY
             _log("warning", "analysys: %d records wait, %s, trying again", pending, self.state())
 
@@ -4280,7 +4281,7 @@ class _Worker:
             except Exception as error:  # a disk that fails: the thread lives on
                 self._sender.outage.failed("%s: %s" % (type(error).__name__, error))
             self._changed.notify()
-            self._sender.outage.warn(self.stats()["pending"])
+            self._sender.outage.warn(self._queue.ledger)
             self._report()
         finally:
             self._turn.give()
@@ -7676,7 +7677,7 @@ def _deliver(shipment: "_Shipment", sender: "_Sender", options: "Any", stop: "_S
         while not stop.asked:
             sender.attempt()
             _adapt(sender, options.batch)
-            outage.warn(shipment.ledger.stats()["pending"])
+            outage.warn(shipment.ledger)
             if refusals:
                 _log("error", "%s%s", refusals[0], " (and %d more)" % (len(refusals) - 1) if len(refusals) > 1 else "")
                 refusals.clear()

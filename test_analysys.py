@@ -4702,11 +4702,12 @@ def test_back_offs_are_between_a_tenth_and_30_seconds_and_grow(skipping):
 
 
 def test_an_outage_is_warned_of_at_once_and_then_once_a_minute(skipping):
-    outage = analysys._Outage()
+    outage, ledger = analysys._Outage(), analysys._Ledger()
+    ledger.add({"accepted": 3, "pending": 3})
     with logged() as log:
         for _ in range(150):
             outage.failed("HTTP 500")
-            outage.warn(3)
+            outage.warn(ledger)
             skipping.advance(1)
     assert len(log) == 3 and log[0].getMessage().startswith("analysys: 3 records wait, the server has been failing")
     assert log[0].getMessage().endswith(", trying again")
