@@ -91,7 +91,6 @@ import stat
 import sys
 import threading
 import time
-import weakref
 
 try:
     import fcntl
@@ -102,11 +101,6 @@ try:
     import msvcrt
 except ImportError:  # all but Windows
     msvcrt = None  # type: ignore[assignment]
-
-try:
-    import zlib
-except ImportError:  # a small build of Python: bodies go out as plain JSON
-    zlib = None  # type: ignore[assignment]
 
 _register_at_fork: "Any" = getattr(os, "register_at_fork", None)  # not in 3.6, not on Windows
 
@@ -1300,8 +1294,19 @@ def _mark() -> str:
     return binascii.hexlify(os.urandom(8)).decode()
 
 
+def _zlib() -> "Any":
+    """Return the module `zlib`; None in a small build of Python, whose bodies go out as plain JSON."""
+    try:
+        import zlib
+
+        return zlib
+    except ImportError:
+        return None
+
+
 def _pack(text: bytes) -> bytes:
     """Return the body that carries *text*: base64(gzip(text)), or plain where Python has no zlib."""
+    zlib = _zlib()
     if zlib is None:
         return text
     packer = zlib.compressobj(_GZIP_LEVEL if len(text) > _ONE_PACKET else 0, zlib.DEFLATED, _GZIP)
@@ -1315,6 +1320,7 @@ def _unpack(body: bytes, most: int) -> bytes:
 
 def _inflate(data: bytes, most: int, form: int) -> bytes:
     """Decompress *data* of the *form* with that number in zlib; raise ValueError as `_unpack` does."""
+    zlib = _zlib()
     if zlib is None:
         raise ValueError("this Python has no zlib")
     unpacker = zlib.decompressobj(form)
@@ -1546,6 +1552,7 @@ class _Transport:
         import socket  # noqa: F401
         import urllib.request
 
+        _zlib()
         _ready_resolver()
         self._url = url
         self._headers = headers
@@ -4353,6 +4360,8 @@ class _Worker:
 
 def _weakly(held: "Any") -> "Callable[[], Any]":
     """Return what returns *held* as long as somebody else holds it, or for ever where that cannot be known."""
+    import weakref
+
     try:
         return weakref.ref(held)
     except TypeError:  # None, or slots without a place for it
@@ -4549,7 +4558,7 @@ class _Collecter:
         self._config = config
         self._closed = closed
         self._states: "Dict[int, _State]" = {}
-        _notice_forks(self)  # first: what the first state makes ready is what no fork may come into
+        _notice_forks(self._states)  # first: what the first state makes ready is what no fork may come into
         self._state()
 
     def uploadData(self, record: "Record") -> None:
@@ -4587,7 +4596,9 @@ class _Collecter:
 
     def __del__(self) -> None:
         try:
-            state = self.__dict__.get("_states", {}).get(os.getpid())
+            states = self.__dict__.get("_states", {})
+            _ALL_STATES.pop(id(states), None)
+            state = states.get(os.getpid())
             if state is not None:
                 state.on_error = self._config.get("on_error")  # which the state holds from here on
                 if not self._closed:
@@ -4617,15 +4628,8 @@ class _Collecter:
         state = self._states.setdefault(pid, fresh)  # one step
         if state is not fresh:
             fresh.close(0)
-        self._disown()
+        _disown(self._states)
         return state
-
-    def _disown(self) -> None:
-        """Let go of what belongs to the process that this one was forked from."""
-        for pid in [pid for pid in list(self._states) if pid != os.getpid()]:
-            state = self._states.pop(pid, None)
-            if state is not None:
-                state.disown()
 
 
 def _http_config(
@@ -4799,7 +4803,7 @@ LogCollecter._new_state = _LogFile
 # States with records that are not delivered, of this process and, in a forked child, of its parent. Not weak: they
 # outlive their collecters until they are done. The steps of a set are atomic.
 _OPEN: "set[_State]" = set()
-_COLLECTERS: "List[Any]" = []  # weak references
+_ALL_STATES: "Dict[int, Dict[int, _State]]" = {}  # those of each collecter there is, by their id()
 _HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
 
 
@@ -4822,10 +4826,10 @@ def _register(state: "Any") -> bool:
     return _HOOKS[pid]
 
 
-def _notice_forks(collecter: "_Collecter") -> None:
+def _notice_forks(states: "Dict[int, _State]") -> None:
     """Have a forked child of this process close its parent's descriptors at once, where Python can do that (3.7)."""
     _hook_fork()
-    _COLLECTERS.append(weakref.ref(collecter, _COLLECTERS.remove))
+    _ALL_STATES[id(states)] = states
 
 
 @functools.lru_cache(None)  # once
@@ -4838,10 +4842,16 @@ def _hook_fork() -> None:
 
 def _after_fork_in_child() -> None:
     _FORK_GUARD.after_in_child()
-    for reference in list(_COLLECTERS):
-        collecter = reference()
-        if collecter is not None:
-            collecter._disown()
+    for states in list(_ALL_STATES.values()):
+        _disown(states)
+
+
+def _disown(states: "Dict[int, _State]") -> None:
+    """Let go of what belongs to the process that this one was forked from."""
+    for pid in [pid for pid in list(states) if pid != os.getpid()]:
+        state = states.pop(pid, None)
+        if state is not None:
+            state.disown()
 
 
 def _deliver_at_exit() -> None:
@@ -8032,7 +8042,7 @@ class _Doctor:
             version = ssl.OPENSSL_VERSION
         except ImportError:
             version = ""
-        parts = (("ssl", version), ("zlib", zlib), ("file locks", fcntl or msvcrt))
+        parts = (("ssl", version), ("zlib", _zlib()), ("file locks", fcntl or msvcrt))
         lacks = [name for name, there in parts if not there]
         text = " ".join((platform.python_implementation(), platform.python_version(), "on", platform.platform()))
         text += "; " + (version or "no ssl")
