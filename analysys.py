@@ -2999,7 +2999,8 @@ class _SpoolFile(_Source):
         self.end = end  # how far it is written, if we write it,
         self.fd = -1  # with which descriptor, while it is the last one,
         self.made: "Optional[Tuple[int, int]]" = None  # and which file that is
-        self.written = 0  # own records
+        self.written = 0  # own records in it,
+        self.before: "Optional[int]" = None  # and in those before it, once no call can be inside one of these
 
     @property
     def path(self) -> str:
@@ -3100,7 +3101,7 @@ class _Owner:
         # round it would be a file about which there is no note, and all of it would come again.
         stuck = None
         for file in filter(self.is_done, self.files[:]):
-            self.forget(file)
+            self.files.remove(file)
             try:
                 os.unlink(file.path)
             except FileNotFoundError:
@@ -3118,9 +3119,6 @@ class _Owner:
 
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done()
-
-    def forget(self, file: "_SpoolFile") -> None:
-        self.files.remove(file)
 
     def keep_lock(self) -> None:
         """Make the lock file anew where somebody removed it."""
@@ -3156,7 +3154,7 @@ class _Writer(_Owner):
         suffix = binascii.hexlify(os.urandom(4)).decode()
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
         self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
-        self._gone = 0  # records in files that were forgotten
+        self._made: "List[_SpoolFile]" = []  # the last ones, from the latest on whose `before` is known
         self.room = _Room(directory, self.name, max_bytes)
         self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
@@ -3164,9 +3162,8 @@ class _Writer(_Owner):
 
     @property
     def written(self) -> int:
-        """How many records were written. For a moment it may be told too high, never too low."""
-        files = self.files[:]  # first: forget() counts a file as gone before it goes
-        return sum([file.written for file in files]) + self._gone
+        """How many records were written."""
+        return _count_written(self._made[:])
 
     def append(self, lines: bytes) -> bool:
         """Hand *lines* to the operating system, all or none; return False where there is no room. Under `writing`."""
@@ -3181,6 +3178,8 @@ class _Writer(_Owner):
             if size < 0 or size and size + len(lines) > self.room.roll_size and not is_inner:
                 if not self.room.is_left(sum(int(file.end) for file in self.files[:] if not file.is_done())):
                     return False
+                if not is_inner:
+                    self._close_count()
                 self._roll()
             file = self.files[-1]
             _write_all(file.fd, lines)
@@ -3202,10 +3201,6 @@ class _Writer(_Owner):
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done() and file.fd < 0
 
-    def forget(self, file: "_SpoolFile") -> None:
-        self._gone += file.written
-        super().forget(file)
-
     def drop(self, file: "_SpoolFile") -> "List[bytes]":
         """Forget a file that is gone; return those of its lines that were not taken and still can be read."""
         with self.writing:  # it may be the one that is written: the next put() makes another one
@@ -3215,7 +3210,7 @@ class _Writer(_Owner):
             except OSError:  # it was closed, or its disk is gone
                 pass
             file.close()
-            self.forget(file)
+            self.files.remove(file)
             _unlink(file.path)  # what is left of it, where it was emptied
         return left.splitlines(True)
 
@@ -3242,6 +3237,13 @@ class _Writer(_Owner):
             file.end = whole
         self._is_torn = False
 
+    def _close_count(self) -> None:
+        """Note in the last file how many records come before it, lest `written` takes longer with each file."""
+        made = self._made[:]
+        if len(made) > 1:
+            made[-1].before = _count_written(made[:-1])
+            del self._made[: len(made) - 1]  # an inner call only appends
+
     def _size(self) -> int:
         """Return the size of the file that is written; -1 where there is none, or somebody has cut it."""
         if not self.files or self.files[-1].fd < 0:
@@ -3255,9 +3257,20 @@ class _Writer(_Owner):
         file.fd = _open_own_lines(file.path, 0o600)
         file.made = _inode(os.fstat(file.fd))
         _hold(file.fd, 0.0)  # until it is closed: see the head of this section
+        self._made.append(file)  # first: what is in it is counted from the beginning
         self.files.append(file)
         for other in self.files[:-1]:
             other.close()
+
+
+def _count_written(files: "List[_SpoolFile]") -> int:
+    """Return how many records are in *files*, the latest ones of a writer, and in all before them."""
+    written = 0
+    for file in reversed(files):
+        written += file.written
+        if file.before is not None:
+            return written + file.before
+    return written
 
 
 def _unlink(path: str) -> None:

@@ -3589,6 +3589,20 @@ def test_what_a_spool_has_accepted_is_never_told_too_low(tmp_path):
             break
 
 
+def test_what_a_spool_has_written_is_known_from_its_last_two_files_however_many_there_are(tmp_path):
+    with spool(tmp_path) as (queue, put):
+        queue._own.room.roll_size = 1000
+        for number in range(40):
+            put("e%d" % number, 700 * (number % 2))
+            assert queue.mark() == (number + 1, 0) and len(queue._own._made) <= 2
+        assert len(list(tmp_path.glob("*.*.log"))) > 10
+        items = queue.take(30)
+        queue.settle(items)
+        put("last", 700)
+        assert queue.mark() == (41, 30)
+        balanced(queue.ledger.stats(), accepted=41, delivered=30, pending=11)
+
+
 def test_a_spool_is_due_by_its_oldest_record(tmp_path, monkeypatch):
     clock = FakeClock(monkeypatch)
     with spool(tmp_path) as (queue, put):              # 60 seconds
