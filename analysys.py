@@ -1436,7 +1436,7 @@ _HINTS = (
     ("certificate.verify", "for a private CA: ssl_context=ssl.create_default_context(cafile=FILE), or --ca FILE"),
     ("wrong.version|unknown.protocol|http.request|record.layer|too.long]", "does that port speak plain http?"),
     (r"BadStatusLine: .*\\x1[56]\\x03", "does that port speak https?"),
-    ("gaierror|'idna'", "is the host's name right, and can this machine look up names?"),
+    ("gaierror|UnicodeError|'idna'", "is the host's name right, and can this machine look up names?"),
     ("ConnectionRefused", "nobody listens there: is the server up, and the port right?"),
     ("Tunnel.* 407", _STATUS_HINTS[407]),
     ("Tunnel", "the proxy refused: is the address right? no_proxy=HOST goes around the proxy"),
