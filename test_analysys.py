@@ -3603,6 +3603,186 @@ def test_what_a_spool_has_written_is_known_from_its_last_two_files_however_many_
         balanced(queue.ledger.stats(), accepted=41, delivered=30, pending=11)
 
 
+@table("inner", ["mark", "put"])
+@table("call", ["mark", "put", "put where its file is gone"])
+def test_what_a_spool_has_written_is_told_rightly_inside_any_step_of_a_call_that_makes_a_file(tmp_path, call, inner):
+    def work(name):
+        if name == "mark":
+            seen.append(queue.mark()[0])
+        else:
+            put(name, 1500)
+    for step in range(1, 200):
+        folder, seen = tmp_path / str(step), []
+        with spool(folder) as (queue, put):
+            queue._own.room.roll_size = 2000           # so that each of these goes into another file
+            for xwhat in "abc":
+                put(xwhat, 1500)
+            put("also in the last one")
+            if call.endswith("gone"):                  # an inner call makes one, too
+                sorted(folder.glob("*.*.log"))[-1].unlink()
+                queue._notice()
+            came = disturbed(lambda: work(call), step, lambda: work(inner))
+            puts = (call != "mark") + (inner != "mark" and came)
+            assert queue.mark()[0] == 4 + puts and set(seen) <= set(range(4, 5 + puts))
+            balanced(queue.ledger.stats(), accepted=4 + puts)
+        if not came:
+            break
+    assert step > 5
+
+
+def test_a_file_that_could_not_be_made_changes_no_count(tmp_path):
+    with spool(tmp_path) as (queue, put):
+        queue._own.room.roll_size = 1000
+        for number, xwhat in enumerate("abcd"):
+            for _ in range(2) if number else ():
+                (tmp_path / ("%s.%06d.log" % (queue._own.name, next(copy.copy(queue._own._numbers))))).mkdir()
+                with pytest.raises(FileError):
+                    put("not_taken", 700)
+            put(xwhat, 700)
+            assert queue.mark() == (number + 1, 0)
+        assert names_of(all_of(queue)) == list("abcd")
+
+
+@table("what", ["take", "_notice"])
+def test_a_record_that_is_taken_or_lost_counts_once_at_any_moment(tmp_path, what):
+    for step in range(1, 400):
+        folder, seen = tmp_path / str(step), []
+        with spool(folder) as (queue, put):
+            look = threading.Thread(target=lambda: seen.append(queue.ledger.stats()))
+            put("a")
+            put("b")
+            if what == "_notice":
+                shutil.rmtree(str(folder))
+            work = functools.partial(getattr(queue, what), *[9] * (what == "take"))
+            if not disturbed(work, step, lambda: [look.start(), look.join(0.005)]):
+                break
+            look.join(20)
+            balanced(seen[0], accepted=2)
+    assert step > 20
+
+
+def test_what_is_settled_counts_where_an_exception_comes_out_of_the_note_of_it(tmp_path, monkeypatch):
+    def interrupted(*_):
+        monkeypatch.undo()
+        interrupt()
+    with spool(tmp_path) as (queue, put):
+        for xwhat in "abc":
+            put(xwhat)
+        items = queue.take(9)
+        for error in None, IllegalData("refused"):
+            monkeypatch.setattr(os, "lseek", interrupted)
+            with pytest.raises(Interrupt):
+                queue.settle([items.pop(0)], error)
+        assert queue.mark() == (3, 2) and len(queue.ledger.refusals) == 1
+        balanced(queue.ledger.stats(), delivered=1, rejected=1, pending=1)
+
+
+def test_the_note_of_what_is_settled_is_in_a_lock_file_made_anew_too(tmp_path):
+    with spool(tmp_path) as (first, put):
+        for xwhat in "abc":
+            put(xwhat)
+        first.settle(first.take(2))
+        for path in tmp_path.glob("*.lock"):
+            path.unlink()
+        first._notice()
+        first.disown()                                 # as if it was killed
+        with spool(tmp_path) as (second, _):
+            assert names_of(all_of(second)) == ["c"]
+
+
+def test_of_two_that_look_for_leftovers_at_once_one_adopts_them(tmp_path, monkeypatch):
+    def listed():
+        found = open_files()
+        if threading.current_thread().name == "first":
+            inside.set()
+            assert go_on.wait(20)
+        return found
+
+    def wait(*arguments):
+        waits.append(arguments)
+        return kept(*arguments)
+    inside, go_on, waits, open_files, kept = threading.Event(), threading.Event(), [], analysys._open_files, analysys._CLOCK.wait
+    clock, now = FakeClock(monkeypatch), time.monotonic()
+    with spool(tmp_path) as (first, _), spool(tmp_path) as (second, _):
+        leave(tmp_path, "left")
+        clock.now, clock.wait = lambda: now, wait      # which stands still, lest the patience ends
+        monkeypatch.setattr(analysys, "_open_files", listed)
+        looks = [threading.Thread(target=queue._leftovers.look, name=name)
+                 for queue, name in ((first, "first"), (second, "second"))]
+        looks[0].start()
+        assert inside.wait(20)
+        looks[1].start()
+        wait_until(lambda: waits or not looks[1].is_alive())
+        go_on.set()
+        for look in looks:
+            look.join(20)
+        assert len(first._leftovers.adopted + second._leftovers.adopted) == 1
+
+
+def test_leftovers_in_flight_stay_with_who_sends_them_also_where_descriptors_are_few(tmp_path, monkeypatch):
+    def failing(path, *arguments):
+        if str(path).endswith(late + ".lock"):
+            raise OSError(errno.EMFILE, "")
+        return kept(path, *arguments)
+    kept = os.open
+    monkeypatch.setattr(analysys, "_LOOK_EVERY", 0)
+    leave(tmp_path, "a")
+    leave(tmp_path, "b")
+    with spool(tmp_path) as (first, _), spool(tmp_path) as (second, _):
+        assert names_of(first.take(9)) == ["a", "b"]
+        late = leave(tmp_path, "late")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", failing)
+            assert first.take(9) == []
+        assert names_of(all_of(second)) == ["late"]
+
+
+@posix_only
+def test_leftovers_that_others_deliver_meanwhile_are_no_reason_for_a_warning_and_those_mended_are_delivered(
+        tmp_path, monkeypatch):
+    def listed():
+        monkeypatch.undo()
+        for path in tmp_path.glob(gone + "*"):
+            path.unlink()
+        return open_files()
+    open_files = analysys._open_files
+    monkeypatch.setattr(analysys, "_LOOK_EVERY", 0)
+    for suffix in ".lock", ".000001.log":              # without the lock file, or with nothing else
+        gone = leave(tmp_path)
+        (tmp_path / (gone + suffix)).unlink()
+        with logged() as entries, spool(tmp_path) as (queue, _):
+            monkeypatch.setattr(analysys, "_open_files", listed)
+            assert queue.take(9) == [] and not entries
+    monkeypatch.setattr(analysys, "_LOOK_EVERY", 0)
+    with logged() as entries, spool(tmp_path) as (queue, _):
+        name = leave(tmp_path, "mended")
+        (tmp_path / (name + ".lock")).unlink()
+        (tmp_path / (name + ".lock")).mkdir()
+        assert queue.take(9) == [] and len(entries) == 1
+        shutil.rmtree(str(tmp_path / (name + ".lock")))
+        (tmp_path / (name + ".000001.log")).rename(tmp_path / "aside")
+        assert queue.take(9) == []                     # and it looks
+        (tmp_path / "aside").rename(tmp_path / (name + ".000001.log"))
+        assert names_of(queue.take(9)) == ["mended"]
+
+
+def test_what_rejected_log_does_not_take_is_told_while_no_lock_is_held(tmp_path):
+    class Handler(logging.Handler):
+        def emit(self, entry):
+            with threads(lambda: found.append(queue.take(9))):
+                pass
+    found, handler = [], Handler()
+    (tmp_path / "rejected.log").mkdir()
+    with spool(tmp_path) as (queue, put):
+        put("bad")
+        logging.getLogger("analysys").addHandler(handler)
+        try:
+            queue.settle(queue.take(9), IllegalData("refused"))
+        finally:
+            logging.getLogger("analysys").removeHandler(handler)
+        assert found == [[]]
+
+
 def test_a_spool_is_due_by_its_oldest_record(tmp_path, monkeypatch):
     clock = FakeClock(monkeypatch)
     with spool(tmp_path) as (queue, put):              # 60 seconds
@@ -3649,7 +3829,7 @@ def test_a_line_that_was_damaged_on_disk_holds_up_no_flush(tmp_path):
         balanced(collecter, accepted=1, rejected=1, pending=0)
 
 
-def test_a_spool_has_room_for_what_all_hold_the_share_of_rejected_log_and_one_file_more(tmp_path):
+def test_a_spool_has_room_for_what_all_hold_the_share_of_rejected_log_and_one_file_more(tmp_path, monkeypatch):
     own, other = "%013d-1-00000000" % 1, tmp_path / ("%013d-1-00000000.000001.log" % 2)
     room = analysys._Room(str(tmp_path), own, 4000)    # files of 1000 bytes, and up to three of 250 for what is rejected
     (tmp_path / (own + ".000001.log")).write_bytes(bytes(2000))        # it knows how much itself
@@ -3661,6 +3841,11 @@ def test_a_spool_has_room_for_what_all_hold_the_share_of_rejected_log_and_one_fi
     wait_until(lambda: room.is_left(1000) and not room.is_left(1001))
     (tmp_path / "rejected.log.1").write_bytes(bytes(9000))
     wait_until(lambda: room.is_left(0) and not room.is_left(1))        # one file there may always be
+    other.write_bytes(bytes(2000))
+    listdir, room = os.listdir, analysys._Room(str(tmp_path), own, 4000)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", lambda path: [listdir(path), other.unlink()][0])    # others deliver it just then
+        assert room.is_left(0) and not room.is_left(1)
     with spool(tmp_path / "large", 4000) as (queue, put):
         for _ in range(3):                             # larger than a file: what is delivered takes no room
             assert put("a", 2500)
@@ -3925,16 +4110,15 @@ def test_files_without_their_lock_are_delivered_in_their_turn_unless_their_owner
 def test_hundreds_of_leftovers_are_listed_a_few_times_and_take_few_descriptors(tmp_path, monkeypatch):
     listings, listdir = [], os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: listings.append(path) or listdir(path))
+    monkeypatch.setattr(analysys, "_LOOK_EVERY", NEVER)                # more are adopted as soon as some are done
     for xwhat in numbered("e", 400):
         leave(tmp_path, xwhat)
-    most = 0
     with FaultyServer() as server, spooling(server, tmp_path) as collecter:
         adopted = collecter._state()._queue._leftovers.adopted
-        while len(server.names) < 400:
-            most = max(most, len(adopted))
-            threading.Event().wait(0.001)
+        sizes = [0]
+        wait_until(lambda: sizes.append(len(adopted)) or len(server.names) >= 400, 60)
         wait_until(lambda: len(listdir(str(tmp_path))) == 1)
-    assert server.names == numbered("e", 400) and listings.count(str(tmp_path)) < 5 and 0 < most <= 50
+    assert server.names == numbered("e", 400) and listings.count(str(tmp_path)) < 5 and 0 < max(sizes) <= 50
 
 
 @linux_only
@@ -3952,19 +4136,20 @@ def test_where_descriptors_are_few_leftovers_leave_some_to_the_program(tmp_path)
 
 
 @posix_only
-def test_closing_on_a_disk_that_takes_nothing_raises_nothing_and_one_warning_tells_what_may_come_twice(tmp_path):
+@pytest.mark.parametrize("size", [0, 1])               # bytes that a file may have: of a note, a part gets through
+def test_closing_on_a_disk_that_takes_nothing_raises_nothing_and_one_warning_tells_what_may_come_twice(tmp_path, size):
     with FaultyServer() as server:
         printed = run("""
             collecter = BatchCollecter(url, spool_path=folder, queue_cache_max_size=1)
             collecter.uploadData(event("held"))
             collecter.flush()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (%d, resource.RLIM_INFINITY))
             logged = []
             logging.getLogger("analysys").addHandler(type("Keeper", (logging.Handler,), {
                 "emit": lambda self, entry: logged.append(entry.getMessage())})())
             collecter.close()
             print(len(logged), collecter.stats()["pending"], os.listdir(folder), logged)
-        """, server.url, tmp_path).out
+        """ % size, server.url, tmp_path).out
         assert printed.startswith("1 0 [] ['cannot note") and "may come twice" in printed
 
 
@@ -4132,12 +4317,12 @@ def test_what_somebody_removes_is_noticed_within_a_second_rejected_and_told_and_
                 collecter.uploadData(event(xwhat))
             REMOVALS[what](folder)
             wait_until(lambda: collecter.stats()["rejected"] == 3, 5)
+            wait_until(lambda: len(list(folder.glob("*.lock"))) == 1)
             collecter.uploadData(event("after"))
             collecter.flush(10)
             assert server.names == ["after"]
             wait_until(lambda: told)
             assert "3 records" in str(told[0][0]) and collecter.stats()["pending"] == 0
-            wait_until(lambda: len(list(folder.glob("*.lock"))) == 1)
         leave(folder, "next")
         with FaultyServer() as server, spooling(server, folder):
             wait_until(lambda: server.names == ["next"])
@@ -5965,12 +6150,39 @@ def test_exit_with_a_dead_server_ends_within_ten_seconds_with_one_error_line_tha
 
 def test_exit_with_a_silent_server_and_two_collecters_hands_all_to_on_error_within_ten_seconds(exits):
     done = ended_well(exits[1])
+    assert done.err.count("waiting at exit") == 1
     *reports, (seconds,) = [line.split() for line in done.out.splitlines()]
     assert float(seconds) < 17
     assert {words[0] for words in reports} == {"AnalysysPythonSdkNetworkException"}
     names = [name for words in reports for name in words[1:]]
     assert sorted(names) == numbered("a", 5) + numbered("b", 5)
     assert [name for name in names if "a" in name] == numbered("a", 5)
+
+
+def test_where_the_main_thread_is_over_a_closed_collecter_is_not_kept():
+    with FaultyServer() as server:
+        assert run("""
+            def work():
+                threading.main_thread().join()
+                with tracker_to(DefaultCollecter(url)) as tracker:
+                    tracker.track("user", "e")
+                print(len(analysys._OPEN))
+            threading.Thread(target=work).start()
+        """, server.url).out == "0\n" and server.names == ["e"]
+
+
+@each_collecter
+def test_a_collecter_that_is_dropped_also_inside_a_fork_is_forgotten(tmp_path, kind):
+    gc.collect()
+    before = set(analysys._ALL_STATES)
+    for step in range(1, 40):
+        collecters = [make(kind, URL, tmp_path) for _ in range(2)]
+        came = disturbed(analysys._after_fork_in_child, step, collecters.pop)
+        del collecters
+        if not came:
+            break
+    gc.collect()
+    assert step > 5 and set(analysys._ALL_STATES) <= before
 
 
 def test_exit_does_not_wait_out_a_long_back_off():
@@ -6487,6 +6699,28 @@ def test_a_fork_and_a_call_of_one_thread_do_not_wait_for_each_other_and_no_call_
     with threads(work):
         pass
     assert len(found[0]) == 1 and found[1:] == [0] and not guard._inside and not guard._forking
+
+
+@posix_only
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="without os.register_at_fork")
+def test_a_forked_child_waits_for_no_thread_of_its_parent_and_for_its_own_as_ever():
+    run("""
+        guard, go_on = analysys._FORK_GUARD, threading.Event()
+        collecter = waiting()                          # whose hooks they are
+        def in_child():
+            assert list(guard._inside) == [threading.get_ident()]          # the call in which this process was forked
+            other = threading.Thread(target=guard.hold_off, args=(1000, int), daemon=True)
+            other.start()
+            other.join(20)
+            assert not other.is_alive()
+        def in_parent():
+            reap(child(in_child))
+        other = threading.Thread(target=guard.hold_off, args=(0, go_on.wait), daemon=True)     # no fork waits for it
+        other.start()
+        wait_until(lambda: guard._inside)
+        guard.hold_off(1000, in_parent)
+        assert not guard._forking
+    """)
 
 
 @posix_only
