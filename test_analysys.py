@@ -4698,6 +4698,18 @@ def test_the_ledger_is_shortened_and_holds_all_that_is_added_also_inside_any_ste
         balanced(ledger.stats(), accepted=1757 + came * number)
 
 
+def test_the_stats_of_a_ledger_copy_nothing_while_its_lock_is_held_since_that_may_call_a_del_which_waits():
+    class Watched(list):
+        def __getitem__(self, at):
+            if isinstance(at, slice):
+                seen.append(queue.ledger.lock._is_owned())
+            return super().__getitem__(at)
+    queue, seen = analysys._MemoryQueue(9, 9, 1.0), []
+    queue.ledger._changes = Watched(queue.ledger._changes)
+    balanced(queue.ledger.stats(), accepted=0)
+    assert seen == [False]
+
+
 def test_a_refusal_is_there_to_be_told_before_it_counts_as_settled():
     class Watched(analysys._Ledger):
         def add(self, change):
