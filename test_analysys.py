@@ -3603,6 +3603,7 @@ def test_what_a_spool_has_written_is_known_from_its_last_two_files_however_many_
         balanced(queue.ledger.stats(), accepted=41, delivered=30, pending=11)
 
 
+@posix_only
 @table("inner", ["mark", "put"])
 @table("call", ["mark", "put", "put where its file is gone"])
 def test_what_a_spool_has_written_is_told_rightly_inside_any_step_of_a_call_that_makes_a_file(tmp_path, call, inner):
@@ -3643,6 +3644,7 @@ def test_a_file_that_could_not_be_made_changes_no_count(tmp_path):
         assert names_of(all_of(queue)) == list("abcd")
 
 
+@posix_only
 @table("what", ["take", "_notice"])
 def test_a_record_that_is_taken_or_lost_counts_once_at_any_moment(tmp_path, what):
     for step in range(1, 400):
@@ -3677,6 +3679,7 @@ def test_what_is_settled_counts_where_an_exception_comes_out_of_the_note_of_it(t
         balanced(queue.ledger.stats(), delivered=1, rejected=1, pending=1)
 
 
+@posix_only
 def test_the_note_of_what_is_settled_is_in_a_lock_file_made_anew_too(tmp_path):
     with spool(tmp_path) as (first, put):
         for xwhat in "abc":
@@ -3690,6 +3693,7 @@ def test_the_note_of_what_is_settled_is_in_a_lock_file_made_anew_too(tmp_path):
             assert names_of(all_of(second)) == ["c"]
 
 
+@posix_only
 def test_of_two_that_look_for_leftovers_at_once_one_adopts_them(tmp_path, monkeypatch):
     def listed():
         found = open_files()
@@ -3701,7 +3705,8 @@ def test_of_two_that_look_for_leftovers_at_once_one_adopts_them(tmp_path, monkey
     def wait(*arguments):
         waits.append(arguments)
         return kept(*arguments)
-    inside, go_on, waits, open_files, kept = threading.Event(), threading.Event(), [], analysys._open_files, analysys._CLOCK.wait
+    inside, go_on, waits = threading.Event(), threading.Event(), []
+    open_files, kept = analysys._open_files, analysys._CLOCK.wait
     clock, now = FakeClock(monkeypatch), time.monotonic()
     with spool(tmp_path) as (first, _), spool(tmp_path) as (second, _):
         leave(tmp_path, "left")
@@ -6195,6 +6200,13 @@ def test_a_collecter_that_is_dropped_also_inside_a_fork_is_forgotten(tmp_path, k
             break
     gc.collect()
     assert step > 5 and set(analysys._ALL_STATES) <= before
+
+
+def test_a_collecter_whose_constructor_raised_goes_without_a_word():
+    assert run("""
+        for kind in DefaultCollecter, BatchCollecter, LogCollecter:
+            assert isinstance(error_of(kind, ""), AnalysysPythonSdkIllegalDataException)
+    """).err == ""
 
 
 def test_exit_does_not_wait_out_a_long_back_off():
