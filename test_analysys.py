@@ -3632,15 +3632,16 @@ def test_what_a_spool_has_written_is_told_rightly_inside_any_step_of_a_call_that
 
 
 def test_a_file_that_could_not_be_made_changes_no_count(tmp_path):
+    names = map("%06d.log".__mod__, itertools.count(1))                # of its files
     with spool(tmp_path) as (queue, put):
         queue._own.room.roll_size = 1000
         for number, xwhat in enumerate("abcd"):
-            for _ in range(2) if number else ():
-                (tmp_path / ("%s.%06d.log" % (queue._own.name, next(copy.copy(queue._own._numbers))))).mkdir()
+            for name in itertools.islice(names, 2 * (number > 0)):
+                (tmp_path / (queue._own.name + "." + name)).mkdir()
                 with pytest.raises(FileError):
                     put("not_taken", 700)
             put(xwhat, 700)
-            assert queue.mark() == (number + 1, 0)
+            assert queue.mark() == (number + 1, 0) and (tmp_path / (queue._own.name + "." + next(names))).is_file()
         assert names_of(all_of(queue)) == list("abcd")
 
 
