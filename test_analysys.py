@@ -4713,6 +4713,25 @@ def test_back_offs_are_between_a_tenth_and_30_seconds_and_grow(skipping):
         pauses.append(outage.not_before - skipping.now())
     assert all(0.09 < pause <= 30 for pause in pauses) and max(pauses[:3]) <= 0.4
     assert max(pauses[20:]) > 20 and min(pauses[20:]) < 10
+    others = [analysys._Outage() for _ in range(9)]        # those whose server comes back do not call it at one moment
+    for other in others:
+        other.failed("500")
+    assert len({other._random.random() for other in others}) == 9
+
+
+def test_the_halves_of_a_batch_on_which_the_server_chokes_wait_no_longer_than_the_batch_did(skipping, monkeypatch):
+    pauses, kept = [], analysys._Outage.failed
+
+    def failed(outage, *arguments):
+        kept(outage, *arguments)
+        pauses.append(outage.not_before - skipping.now())
+    monkeypatch.setattr(analysys._Outage, "failed", failed)
+    with FaultyServer(then=choking_on(["e99"])) as server:
+        with contextlib.closing(BatchCollecter(server.url, NEVER, 100, request_timeout=NEVER)) as collecter:
+            for name in numbered("e", 100):
+                collecter.uploadData(record("user", name))
+            collecter.flush(None)
+    assert len(pauses) > 20 and max(pauses) <= 0.8
 
 
 def test_an_outage_is_warned_of_at_once_and_then_once_a_minute(skipping):
@@ -4940,12 +4959,17 @@ def test_flush_returns_only_when_the_records_are_delivered():
         wait_until(lambda: server.requests)
         caller.join(0.1)
         assert caller.is_alive() and balanced(sdk.sink)["delivered"] == 0
-        with pytest.raises(NetworkError, match="3") as caught:
+        with pytest.raises(NetworkError, match="3.*no answer has come yet") as caught:
             sdk.flush(timeout=0.1)
         assert caught.value.records == [] and balanced(sdk.sink)["pending"] == 3
         gate.set()
         caller.join(10)
         assert not caller.is_alive() and balanced(sdk.sink)["delivered"] == 3
+        gate.clear()
+        events(sdk, 1)
+        with pytest.raises(NetworkError, match="1.*the server answers"):
+            sdk.flush(timeout=0.1)
+        gate.set()
 
 
 @table("rule, name", [("hour", "%Y%m%d%H"), ("day", "%Y%m%d")])
@@ -6072,6 +6096,68 @@ def test_where_no_thread_can_be_started_the_callers_thread_sends(case, _):
         """.format(after), server.url, before=before)
         names = [name for name in server.names if name != "first"]
         assert done.out == "worked\n" and names == numbered("e", 6), done
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """Be where uWSGI runs no threads."""
+    monkeypatch.setitem(sys.modules, "uwsgi", types.SimpleNamespace(worker_id=lambda: 1, has_threads=0))
+
+
+def test_where_no_thread_runs_a_call_sends_all_that_waits_and_close_closes_the_connections(no_threads, monkeypatch):
+    clock = FakeClock(monkeypatch)
+    with FaultyServer(then_fail) as server:
+        collecter = BatchCollecter(server.url, NEVER, 4, 1, 3, request_timeout=30)
+        tracker = tracker_to(collecter)
+        track(tracker, *"abc")
+        with pytest.raises(NetworkError, match="queue is full"):
+            tracker.track("user", "lost")
+        assert server.names == []
+        clock.advance(61)                              # the back-off is over: there is room again, and nobody who makes it
+        track(tracker, "d")
+        assert server.names == list("abcd")
+        server.script.append(then_fail)
+        track(tracker, *"ef")
+        clock.advance(61)
+        track(tracker, "g")
+        assert server.names == list("abcdefg")
+        balanced(collecter, delivered=7, pending=0)
+        connection, = sockets_of(collecter._state()._sender._transport)
+        collecter.close()
+        assert connection.fileno() == -1
+
+
+def test_where_no_thread_runs_flush_sends_until_its_time_is_over_and_says_why_the_rest_waits(no_threads, monkeypatch):
+    clock = FakeClock(monkeypatch)
+
+    with FaultyServer(then_fail, then=refuse("bad")) as server:
+        collecter = BatchCollecter(server.url, NEVER, 4, 1, request_timeout=60, on_error=lambda *_: clock.advance(100))
+        tracker = tracker_to(collecter)
+        track(tracker, "a", "bad", "c")
+        with pytest.raises(NetworkError, match="1 records are not delivered: the server answers"):
+            tracker.flush(60)
+        assert server.names == ["a"]
+        server.script.append(silent)
+        with within(30), pytest.raises(NetworkError, match="1 .* failing"):
+            tracker.flush(0.2)
+        tracker.close()
+        assert server.names == ["a", "c"]
+
+
+def test_a_call_in_an_exit_hook_after_ours_raises_where_its_record_cannot_be_delivered():
+    with FaultyServer(then=then_fail) as server:
+        done = run("""
+            analysys._EXIT_TIMEOUT = 0.2
+            collecter = BatchCollecter(url, request_timeout=5)
+        """, server.url, before="""
+            import atexit
+            @atexit.register
+            def later():
+                error = error_of(tracker_to(collecter).track, "user", "Event")
+                print(type(error).__name__, [record["xwhat"] for record in error.records])
+                balanced(collecter, rejected=1, pending=0)
+        """)
+        assert done.out == "AnalysysPythonSdkNetworkException ['Event']\n", done
 
 
 @pytest.mark.skipif(sys.version_info[:2] not in ((3, 12), (3, 13)), reason="needs the interpreters of 3.12 or 3.13")
@@ -8593,6 +8679,18 @@ def test_delete_keeps_a_file_that_alone_has_what_was_rejected_and_the_last_words
         shipped = ship(tmp_path, "--server", server.url, "--delete")
         assert (shipped.status, server.names) == (1, ["a", "b"]) and "but for 1\n" in shipped.out
         assert ship(tmp_path, "--server", server.url, "--delete").out == NOTHING_NEW % 2 and path.exists()
+
+
+@posix_only
+def test_an_upload_ends_where_the_last_record_is_given_up(tmp_path, skipping):
+    log_file(tmp_path / "datas_1.log", "a", "bad", "b")
+    late = []
+    timer = threading.Timer(30, lambda: late.append(os.kill(os.getpid(), signal.SIGTERM)))
+    with FaultyServer(then=choking_on(["bad"])) as server, heeding(signal.SIGTERM):
+        timer.start()
+        shipped = ship(tmp_path, "--server", server.url)
+        timer.cancel()
+        assert shipped.status == 1 and server.names == ["a", "b"] and not late
 
 
 def test_refusals_are_no_outage(tmp_path):
