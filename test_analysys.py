@@ -4726,7 +4726,7 @@ def test_the_halves_of_a_batch_on_which_the_server_chokes_wait_no_longer_than_th
         kept(outage, *arguments)
         pauses.append(outage.not_before - skipping.now())
     monkeypatch.setattr(analysys._Outage, "failed", failed)
-    with FaultyServer(then=choking_on(["e99"])) as server:
+    with FaultyServer(then=choking_on(["e0"])) as server:
         with contextlib.closing(BatchCollecter(server.url, NEVER, 100, request_timeout=NEVER)) as collecter:
             for name in numbered("e", 100):
                 collecter.uploadData(record("user", name))
@@ -8501,13 +8501,19 @@ def test_a_checkpoint_that_is_removed_or_whose_directory_is_replaced_meanwhile_i
     monkeypatch.setattr(analysys, "_SYNC_EVERY", 0.02)
     folder, point = tmp_path / "logs", tmp_path / "logs" / "upload.checkpoint"
     folder.mkdir()
+    (tmp_path / "other").mkdir()
+    with FaultyServer() as server:
+        assert ship(log_file(tmp_path / "other" / "datas_9.log", "z"), "--server", server.url).status == 0
     log_file(folder / "datas_1.log", "a")
     with FaultyServer() as server:
         def acts():
             wait_until(lambda: server.names == ["a"])
             point.unlink()
             wait_until(point.exists)
+            (tmp_path / "other" / "upload.checkpoint").replace(point)  # it is added to what is known
+            wait_until(lambda: {"datas_1.log", "datas_9.log"} <= set(re.findall("datas_..log", point.read_text())))
             folder.rename(tmp_path / "old")
+            looks()                                    # there is no place for another one yet
             folder.mkdir()
             log_file(folder / "datas_2.log", "b")
             log_file(folder / "datas_3.log", "c")
@@ -8536,6 +8542,56 @@ def test_the_journal_of_a_shipment_that_never_ends_is_made_compact_and_nothing_c
         (tmp_path / "upload.checkpoint.new").rmdir()
         assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 120
     assert server.names == numbered("e", 60) + numbered("f", 60)
+
+
+@posix_only
+def test_an_upload_that_can_note_nothing_stops_and_one_batch_at_most_comes_again(tmp_path):
+    log_file(tmp_path / "datas_1.log", *numbered("e", 60))
+    with FaultyServer() as server:
+        shipped = run("""
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            analysys._ROOM = 0
+            print(analysys.main(["upload", folder, "--server", url, "--batch", "1"]))
+        """, server.url, tmp_path)
+        assert shipped.out.endswith("\n2\n") and str(tmp_path / "upload.checkpoint") in shipped.err
+        assert 1 < len(server.names) < 10
+        assert ship(tmp_path, "--server", server.url).status == 0
+        assert list(dict.fromkeys(server.names)) == numbered("e", 60) and len(server.names) <= 61
+
+
+def test_a_checkpoint_always_has_room_for_the_next_notes(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysys, "_ROOM", 2000)
+    log_file(tmp_path / "datas_1.log", *numbered("e", 60))
+    has_room = []
+
+    def looking(server, request):
+        has_room.append((tmp_path / "upload.checkpoint").read_bytes().endswith(b"\n" * 500))
+        return accept(server, request)
+    with FaultyServer(then=looking) as server:
+        assert ship(tmp_path, "--server", server.url, "--batch", "1").status == 0
+    assert has_room == [True] * 60
+
+
+def test_a_checkpoint_forgets_files_that_are_long_gone_and_none_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysys, "_REMOVED_KEPT", 3)
+    paths = [log_file(tmp_path / ("datas_%d.log" % number), "e%d" % number) for number in range(9)]
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url).status == 0
+        for path in paths[2:]:
+            path.unlink()
+        assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 2
+        names = re.findall('"name":"datas_(.)', (tmp_path / "upload.checkpoint").read_text())
+        assert sorted(names) == list("01678")
+
+
+def test_a_renamed_file_is_taken_for_the_one_that_was_read_furthest(tmp_path):
+    first = log_file(tmp_path / "datas_1.log", *numbered("e", 40))
+    second = log_file(tmp_path / "datas_2.log", *numbered("e", 50))
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url).out == "delivered 90, rejected 0, remaining 0\n"
+        first.unlink()
+        second.rename(tmp_path / "datas_3.log")
+        assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 50
 
 
 @linux_only
@@ -8634,6 +8690,22 @@ def test_a_last_line_that_is_ended_while_others_are_sent_is_delivered_whole(tmp_
 
 
 @posix_only
+def test_a_long_line_that_comes_on_standard_input_in_pieces_is_delivered_once_and_whole(tmp_path):
+    long = json.dumps(event("b", filler="x" * 300000)) + "\n"
+    pieces = [lines_of("a") + long[:100000], long[100000:200000], long[200000:] + lines_of("c") + long[:5000],
+              long[5000:] + lines_of("d").rstrip()]
+    with FaultyServer() as server, shipper("-", "--server", server.url, cwd=str(tmp_path)) as started:
+        for piece, names in zip(pieces, ("a", "a", "abc", "abcbd")):
+            started.stdin.write(piece.encode())
+            started.stdin.flush()
+            wait_until(lambda: server.names == list(names) or names[4:])
+            server.closed.wait(0.3)                    # it looks again, and there is no more yet
+        assert ended(started)[:2] == (0, "delivered 5, rejected 0, remaining 0\n")
+        assert server.names == list("abcbd")
+        assert [len(one["xcontext"].get("filler", "")) for one in server.accepted] == [0, 300000, 0, 300000, 0]
+
+
+@posix_only
 def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path):
     with FaultyServer() as server, shipper("-", "--server", server.url, "--batch", "1", cwd=str(tmp_path)) as started:
         started.stdin.write(lines_of("a").encode())
@@ -8709,6 +8781,8 @@ def test_delete_delivers_no_event_again_where_a_copy_or_gz_of_a_removed_file_is_
         for _ in range(2):
             assert ship(tmp_path, "--server", server.url, "--delete").status == 0
         assert server.names == ["a", "b", "c"]
+        log_file(path, "d")                            # another one of that name is not said to have changed
+        assert ship(tmp_path, "--server", server.url) == (0, "delivered 1, rejected 0, remaining 0\n", "")
 
 
 @posix_only
@@ -8781,6 +8855,36 @@ def test_whatever_stands_aside_comes_again_after_a_stop_also_where_there_is_more
     assert again == (names[::2] if most > 20 else names)
 
 
+@pytest.mark.parametrize("settled", [0, 1])
+@pytest.mark.parametrize("change", [lambda path: path, rotated, zipped], ids=["grown", "renamed", "packed"])
+def test_a_file_that_comes_again_is_read_no_further_before_its_lines_in_flight_are_settled(
+        tmp_path, monkeypatch, change, settled):
+    monkeypatch.setattr(analysys, "_FOLLOW_EVERY", 0)
+    path = log_file(tmp_path / "datas_1.log", *"abc")
+    listing = analysys._Listing([str(tmp_path)], [], True)
+    with contextlib.closing(analysys._Checkpoints("", listing)) as checkpoints:
+        files = analysys._Files(listing, lambda: None)
+        shipment = analysys._Shipment(files, checkpoints, analysys._Stop(), False)
+        taken = lambda: [json.loads(item.text.decode())["xwhat"] for item in items]
+        items = flight = shipment.take(10)
+        assert taken() == ["a", "b", "c"]
+        items = shipment.take(10)                      # it is done with that file
+        if settled:
+            shipment.settle(flight[:1])
+        if change is zipped and not settled:           # it is not known yet: another file, as far as anybody can tell
+            return
+        with path.open("a") as file:
+            file.write(lines_of("d"))
+        change(path)
+        for _ in range(3):
+            items += shipment.take(10)
+        assert taken() == []
+        shipment.settle(flight[settled:])
+        wait_until(lambda: items.extend(shipment.take(10)) or items)
+        assert taken() == ["d"]
+        shipment.close()
+
+
 def test_batch_header_and_request_timeout_reach_the_requests(tmp_path):
     path = log_file(tmp_path / "datas_2018072510.log", *numbered("e", 7))
     with FaultyServer(lambda server, request: server.closed.wait(10) and b"") as server:
@@ -8816,6 +8920,7 @@ def test_a_line_longer_than_any_record_is_damaged_and_the_lines_after_it_are_del
     (tmp_path / "datas_2018072510.log").write_text("".join(lines))
     with FaultyServer() as server:
         assert ship(tmp_path, "--server", server.url, "--batch", "2").status == 1
+        assert ship(tmp_path, "--server", server.url) == (0, NOTHING_NEW % 2, "")
         assert server.names == ["a", "b"]
 
 
