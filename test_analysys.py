@@ -4916,6 +4916,25 @@ def test_back_offs_are_between_a_tenth_and_30_seconds_and_grow(skipping):
         pauses.append(outage.not_before - skipping.now())
     assert all(0.09 < pause <= 30 for pause in pauses) and max(pauses[:3]) <= 0.4
     assert max(pauses[20:]) > 20 and min(pauses[20:]) < 10
+    others = [analysys._Outage() for _ in range(9)]        # those whose server comes back do not call it at one moment
+    for other in others:
+        other.failed("500")
+    assert len({other._random.random() for other in others}) == 9
+
+
+def test_the_halves_of_a_batch_on_which_the_server_chokes_wait_no_longer_than_the_batch_did(skipping, monkeypatch):
+    pauses, kept = [], analysys._Outage.failed
+
+    def failed(outage, *arguments):
+        kept(outage, *arguments)
+        pauses.append(outage.not_before - skipping.now())
+    monkeypatch.setattr(analysys._Outage, "failed", failed)
+    with FaultyServer(then=choking_on(["e0"])) as server:
+        with contextlib.closing(BatchCollecter(server.url, NEVER, 100, request_timeout=NEVER)) as collecter:
+            for name in numbered("e", 100):
+                collecter.uploadData(record("user", name))
+            collecter.flush(None)
+    assert len(pauses) > 20 and max(pauses) <= 0.8
 
 
 def test_an_outage_is_warned_of_at_once_and_then_once_a_minute(skipping):
@@ -5143,12 +5162,17 @@ def test_flush_returns_only_when_the_records_are_delivered():
         wait_until(lambda: server.requests)
         caller.join(0.1)
         assert caller.is_alive() and balanced(sdk.sink)["delivered"] == 0
-        with pytest.raises(NetworkError, match="3") as caught:
+        with pytest.raises(NetworkError, match="3.*no answer has come yet") as caught:
             sdk.flush(timeout=0.1)
         assert caught.value.records == [] and balanced(sdk.sink)["pending"] == 3
         gate.set()
         caller.join(10)
         assert not caller.is_alive() and balanced(sdk.sink)["delivered"] == 3
+        gate.clear()
+        events(sdk, 1)
+        with pytest.raises(NetworkError, match="1.*the server answers"):
+            sdk.flush(timeout=0.1)
+        gate.set()
 
 
 @table("rule, name", [("hour", "%Y%m%d%H"), ("day", "%Y%m%d")])
@@ -6309,6 +6333,68 @@ def test_where_no_thread_can_be_started_the_callers_thread_sends(case, _):
         """.format(after), server.url, before=before)
         names = [name for name in server.names if name != "first"]
         assert done.out == "worked\n" and names == numbered("e", 6), done
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """Be where uWSGI runs no threads."""
+    monkeypatch.setitem(sys.modules, "uwsgi", types.SimpleNamespace(worker_id=lambda: 1, has_threads=0))
+
+
+def test_where_no_thread_runs_a_call_sends_all_that_waits_and_close_closes_the_connections(no_threads, monkeypatch):
+    clock = FakeClock(monkeypatch)
+    with FaultyServer(then_fail) as server:
+        collecter = BatchCollecter(server.url, NEVER, 4, 1, 3, request_timeout=30)
+        tracker = tracker_to(collecter)
+        track(tracker, *"abc")
+        with pytest.raises(NetworkError, match="queue is full"):
+            tracker.track("user", "lost")
+        assert server.names == []
+        clock.advance(61)                              # the back-off is over: there is room again, and nobody who makes it
+        track(tracker, "d")
+        assert server.names == list("abcd")
+        server.script.append(then_fail)
+        track(tracker, *"ef")
+        clock.advance(61)
+        track(tracker, "g")
+        assert server.names == list("abcdefg")
+        balanced(collecter, delivered=7, pending=0)
+        connection, = sockets_of(collecter._state()._sender._transport)
+        collecter.close()
+        assert connection.fileno() == -1
+
+
+def test_where_no_thread_runs_flush_sends_until_its_time_is_over_and_says_why_the_rest_waits(no_threads, monkeypatch):
+    clock = FakeClock(monkeypatch)
+
+    with FaultyServer(then_fail, then=refuse("bad")) as server:
+        collecter = BatchCollecter(server.url, NEVER, 4, 1, request_timeout=60, on_error=lambda *_: clock.advance(100))
+        tracker = tracker_to(collecter)
+        track(tracker, "a", "bad", "c")
+        with pytest.raises(NetworkError, match="1 records are not delivered: the server answers"):
+            tracker.flush(60)
+        assert server.names == ["a"]
+        server.script.append(silent)
+        with within(30), pytest.raises(NetworkError, match="1 .* failing"):
+            tracker.flush(0.2)
+        tracker.close()
+        assert server.names == ["a", "c"]
+
+
+def test_a_call_in_an_exit_hook_after_ours_raises_where_its_record_cannot_be_delivered():
+    with FaultyServer(then=then_fail) as server:
+        done = run("""
+            analysys._EXIT_TIMEOUT = 0.2
+            collecter = BatchCollecter(url, request_timeout=5)
+        """, server.url, before="""
+            import atexit
+            @atexit.register
+            def later():
+                error = error_of(tracker_to(collecter).track, "user", "Event")
+                print(type(error).__name__, [record["xwhat"] for record in error.records])
+                balanced(collecter, rejected=1, pending=0)
+        """)
+        assert done.out == "AnalysysPythonSdkNetworkException ['Event']\n", done
 
 
 @pytest.mark.skipif(sys.version_info[:2] not in ((3, 12), (3, 13)), reason="needs the interpreters of 3.12 or 3.13")
@@ -8674,13 +8760,19 @@ def test_a_checkpoint_that_is_removed_or_whose_directory_is_replaced_meanwhile_i
     monkeypatch.setattr(analysys, "_SYNC_EVERY", 0.02)
     folder, point = tmp_path / "logs", tmp_path / "logs" / "upload.checkpoint"
     folder.mkdir()
+    (tmp_path / "other").mkdir()
+    with FaultyServer() as server:
+        assert ship(log_file(tmp_path / "other" / "datas_9.log", "z"), "--server", server.url).status == 0
     log_file(folder / "datas_1.log", "a")
     with FaultyServer() as server:
         def acts():
             wait_until(lambda: server.names == ["a"])
             point.unlink()
             wait_until(point.exists)
+            (tmp_path / "other" / "upload.checkpoint").replace(point)  # it is added to what is known
+            wait_until(lambda: {"datas_1.log", "datas_9.log"} <= set(re.findall("datas_..log", point.read_text())))
             folder.rename(tmp_path / "old")
+            looks()                                    # there is no place for another one yet
             folder.mkdir()
             log_file(folder / "datas_2.log", "b")
             log_file(folder / "datas_3.log", "c")
@@ -8709,6 +8801,66 @@ def test_the_journal_of_a_shipment_that_never_ends_is_made_compact_and_nothing_c
         (tmp_path / "upload.checkpoint.new").rmdir()
         assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 120
     assert server.names == numbered("e", 60) + numbered("f", 60)
+
+
+@posix_only
+def test_an_upload_that_can_note_nothing_stops_and_one_batch_at_most_comes_again(tmp_path):
+    log_file(tmp_path / "datas_1.log", *numbered("e", 60))
+    with FaultyServer() as server:
+        shipped = run("""
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            analysys._ROOM = 0
+            print(analysys.main(["upload", folder, "--server", url, "--batch", "1"]))
+        """, server.url, tmp_path)
+        assert shipped.out.endswith("\n2\n") and str(tmp_path / "upload.checkpoint") in shipped.err
+        assert 1 < len(server.names) < 10
+        assert ship(tmp_path, "--server", server.url).status == 0
+        assert list(dict.fromkeys(server.names)) == numbered("e", 60) and len(server.names) <= 61
+
+
+def test_a_note_that_a_power_cut_damaged_is_passed_over(tmp_path):
+    log_file(tmp_path / "datas_1.log", "a")
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url).status == 0
+        point = tmp_path / "upload.checkpoint"
+        text = point.read_bytes().rstrip()
+        point.write_bytes(text + b"\n" + text.splitlines()[-1][:-9] + b"\0" * 50 + b"\n\n")
+        assert ship(tmp_path, "--server", server.url) == (0, NOTHING_NEW % 1, "")
+
+
+def test_a_checkpoint_always_has_room_for_the_next_notes(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysys, "_ROOM", 2000)
+    log_file(tmp_path / "datas_1.log", *numbered("e", 60))
+    has_room = []
+
+    def looking(server, request):
+        has_room.append((tmp_path / "upload.checkpoint").read_bytes().endswith(b"\n" * 500))
+        return accept(server, request)
+    with FaultyServer(then=looking) as server:
+        assert ship(tmp_path, "--server", server.url, "--batch", "1").status == 0
+    assert has_room == [True] * 60
+
+
+def test_a_checkpoint_forgets_files_that_are_long_gone_and_none_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysys, "_REMOVED_KEPT", 3)
+    paths = [log_file(tmp_path / ("datas_%d.log" % number), "e%d" % number) for number in range(9)]
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url).status == 0
+        for path in paths[2:]:
+            path.unlink()
+        assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 2
+        names = re.findall('"name":"datas_(.)', (tmp_path / "upload.checkpoint").read_text())
+        assert sorted(names) == list("01678")
+
+
+def test_a_renamed_file_is_taken_for_the_one_that_was_read_furthest(tmp_path):
+    first = log_file(tmp_path / "datas_1.log", *numbered("e", 40))
+    second = log_file(tmp_path / "datas_2.log", *numbered("e", 50))
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url).out == "delivered 90, rejected 0, remaining 0\n"
+        first.unlink()
+        second.rename(tmp_path / "datas_3.log")
+        assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 50
 
 
 @linux_only
@@ -8807,6 +8959,22 @@ def test_a_last_line_that_is_ended_while_others_are_sent_is_delivered_whole(tmp_
 
 
 @posix_only
+def test_a_long_line_that_comes_on_standard_input_in_pieces_is_delivered_once_and_whole(tmp_path):
+    long = json.dumps(event("b", filler="x" * 300000)) + "\n"
+    pieces = [lines_of("a") + long[:100000], long[100000:200000], long[200000:] + lines_of("c") + long[:5000],
+              long[5000:] + lines_of("d").rstrip()]
+    with FaultyServer() as server, shipper("-", "--server", server.url, cwd=str(tmp_path)) as started:
+        for piece, names in zip(pieces, ("a", "a", "abc", "abcbd")):
+            started.stdin.write(piece.encode())
+            started.stdin.flush()
+            wait_until(lambda: server.names == list(names) or names[4:])
+            server.closed.wait(0.3)                    # it looks again, and there is no more yet
+        assert ended(started)[:2] == (0, "delivered 5, rejected 0, remaining 0\n")
+        assert server.names == list("abcbd")
+        assert [len(one["xcontext"].get("filler", "")) for one in server.accepted] == [0, 300000, 0, 300000, 0]
+
+
+@posix_only
 def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path):
     with FaultyServer() as server, shipper("-", "--server", server.url, "--batch", "1", cwd=str(tmp_path)) as started:
         started.stdin.write(lines_of("a").encode())
@@ -8854,6 +9022,18 @@ def test_delete_keeps_a_file_that_alone_has_what_was_rejected_and_the_last_words
         assert ship(tmp_path, "--server", server.url, "--delete").out == NOTHING_NEW % 2 and path.exists()
 
 
+@posix_only
+def test_an_upload_ends_where_the_last_record_is_given_up(tmp_path, skipping):
+    log_file(tmp_path / "datas_1.log", "a", "bad", "b")
+    late = []
+    timer = threading.Timer(30, lambda: late.append(os.kill(os.getpid(), signal.SIGTERM)))
+    with FaultyServer(then=choking_on(["bad"])) as server, heeding(signal.SIGTERM):
+        timer.start()
+        shipped = ship(tmp_path, "--server", server.url)
+        timer.cancel()
+        assert shipped.status == 1 and server.names == ["a", "b"] and not late
+
+
 def test_refusals_are_no_outage(tmp_path):
     log_file(tmp_path / "datas_1.log", *numbered("e", 8))
     with FaultyServer(then=refuse("e1", "e5")) as server, logged() as entries:
@@ -8870,6 +9050,8 @@ def test_delete_delivers_no_event_again_where_a_copy_or_gz_of_a_removed_file_is_
         for _ in range(2):
             assert ship(tmp_path, "--server", server.url, "--delete").status == 0
         assert server.names == ["a", "b", "c"]
+        log_file(path, "d")                            # another one of that name is not said to have changed
+        assert ship(tmp_path, "--server", server.url) == (0, "delivered 1, rejected 0, remaining 0\n", "")
 
 
 @posix_only
@@ -8942,6 +9124,36 @@ def test_whatever_stands_aside_comes_again_after_a_stop_also_where_there_is_more
     assert again == (names[::2] if most > 20 else names)
 
 
+@pytest.mark.parametrize("settled", [0, 1])
+@pytest.mark.parametrize("change", [lambda path: path, rotated, zipped], ids=["grown", "renamed", "packed"])
+def test_a_file_that_comes_again_is_read_no_further_before_its_lines_in_flight_are_settled(
+        tmp_path, monkeypatch, change, settled):
+    monkeypatch.setattr(analysys, "_FOLLOW_EVERY", 0)
+    path = log_file(tmp_path / "datas_1.log", *"abc")
+    listing = analysys._Listing([str(tmp_path)], [], True)
+    with contextlib.closing(analysys._Checkpoints("", listing)) as checkpoints:
+        files = analysys._Files(listing, lambda: None)
+        shipment = analysys._Shipment(files, checkpoints, analysys._Stop(), False)
+        taken = lambda: [json.loads(item.text.decode())["xwhat"] for item in items]
+        items = flight = shipment.take(10)
+        assert taken() == ["a", "b", "c"]
+        items = shipment.take(10)                      # it is done with that file
+        if settled:
+            shipment.settle(flight[:1])
+        if change is zipped and not settled:           # it is not known yet: another file, as far as anybody can tell
+            return
+        with path.open("a") as file:
+            file.write(lines_of("d"))
+        change(path)
+        for _ in range(3):
+            items += shipment.take(10)
+        assert taken() == []
+        shipment.settle(flight[settled:])
+        wait_until(lambda: items.extend(shipment.take(10)) or items)
+        assert taken() == ["d"]
+        shipment.close()
+
+
 def test_batch_header_and_request_timeout_reach_the_requests(tmp_path):
     path = log_file(tmp_path / "datas_2018072510.log", *numbered("e", 7))
     with FaultyServer(lambda server, request: server.closed.wait(10) and b"") as server:
@@ -8977,6 +9189,7 @@ def test_a_line_longer_than_any_record_is_damaged_and_the_lines_after_it_are_del
     (tmp_path / "datas_2018072510.log").write_text("".join(lines))
     with FaultyServer() as server:
         assert ship(tmp_path, "--server", server.url, "--batch", "2").status == 1
+        assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 2 or place == 2
         assert server.names == ["a", "b"]
 
 
