@@ -1969,7 +1969,10 @@ def _dial(connection: "Any", address: "Tuple[str, int]", *_: "Any") -> "Any":
             connection.descriptor = (-1, None)
             if sock is not None:
                 sock.close()
-    raise problem or OSError("no address for %s" % address[0])
+    try:
+        raise problem or OSError("no address for %s" % address[0])
+    finally:
+        problem = None  # it holds this frame, and with it all that called
 
 
 def _send_in_time(connection: "Any", data: bytes) -> None:
@@ -2137,9 +2140,10 @@ class _Ledger:
 
     def stats(self) -> "Dict[str, int]":
         while True:
-            changes = self._changes[:]
-            with self.lock:  # so that nothing is on its way; and nothing is made here, lest a __del__ comes that waits
-                held = self._held()
+            changes, held = self._changes[:], self._held()
+            # Where no change has come, nothing was on its way. Nothing is made under the lock: the garbage collector could
+            # come in there, with a __del__ that waits for who wants the lock.
+            with self.lock:
                 if changes[-1] is self._changes[-1]:  # where a queue holds nothing, any moment will do
                     break
         counts = _sum(changes)
@@ -2714,9 +2718,9 @@ class _Reader:
         if len(self._kept) == self._length:  # nothing of it was let go
             self._kept += part
         self._length += len(part)
-        return self._end_line() if part[-1:] in (b"\n", b"\r") else None
+        return self._end_line(part[-1:]) if part[-1:] in (b"\n", b"\r") else None
 
-    def _end_line(self) -> "Any":
+    def _end_line(self, newline: bytes = b"") -> "Any":
         """Return the line that came piece by piece; a long one is read again, now that its length is known."""
         kept, length = self._kept, self._length
         self._kept, self._length = bytearray(), 0
@@ -2725,6 +2729,8 @@ class _Reader:
             read = self._open_at(self.offset)
             while len(kept) < length:
                 kept += read(min(_CHUNK, length - len(kept))) or b"\n" * length  # it shrank: damaged, or blank
+        if len(kept) < length:
+            kept += newline  # that it has one is to be seen, though it is cut
         return self._line(bytes(kept), length)
 
     def _line(self, text: bytes, length: int) -> "Any":
