@@ -2141,8 +2141,8 @@ class _Ledger:
     def stats(self) -> "Dict[str, int]":
         while True:
             changes, held = self._changes[:], self._held()
-            # Where no change has come, nothing was on its way. Nothing is made under the lock: the garbage collector could
-            # come in there, with a __del__ that waits for who wants the lock.
+            # A move ends with its change: where none has come, nothing was on its way. Nothing is made under the lock:
+            # the garbage collector could come in there, with a __del__ that waits for who wants it.
             with self.lock:
                 if changes[-1] is self._changes[-1]:  # where a queue holds nothing, any moment will do
                     break
@@ -3565,8 +3565,8 @@ class _Spool(_LineQueue):
         own = [line for line in lines if line.source.owner is self._own]
         change = {"accepted": len(own), "adopted": len(lines) - len(own), "pending": len(lines)}
         with self.ledger.lock:  # the tally's are no longer held
-            self.ledger.add(change)
             self._tally.take(own)
+            self.ledger.add(change)
 
     def _note(self, sources: "List[Any]") -> None:
         for owner in {id(file.owner): file.owner for file in sources}.values():
@@ -3631,8 +3631,8 @@ class _Spool(_LineQueue):
             reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
             error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
             with self.ledger.lock:
-                self.ledger.add({"accepted": lost, "pending": lost})
                 self._tally.lose(lost)
+                self.ledger.add({"accepted": lost, "pending": lost})
             self.ledger.settle(lost, error)
             self._tally.advance()
 
