@@ -2160,15 +2160,10 @@ def _outcome(number: int, outcome: str) -> "Dict[str, int]":
 
 
 def _sum(changes: "List[Dict[str, int]]") -> "Dict[str, int]":
-    counts, accepted = changes[0].copy(), 0
+    counts = changes[0].copy()
     for change in changes[1:]:
-        if change is _ACCEPTED:  # most are
-            accepted += 1
-            continue
         for name, number in change.items():
             counts[name] += number
-    counts["accepted"] += accepted
-    counts["pending"] += accepted
     return counts
 
 
