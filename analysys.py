@@ -337,8 +337,8 @@ def _log(level: str, message: str, *values: object) -> None:
 
     if getattr(_LOGGING, "now", False):
         return
-    _LOGGING.now = True
     try:
+        _LOGGING.now = True
         logger = logging.getLogger(_LOGGER)
         if level == "info" and not logger.hasHandlers():  # debug mode is seen without any configuration
             logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None))
@@ -375,8 +375,8 @@ def _tell(on_error: "OnError", error: Exception, concerned: object) -> None:
     if me in _TELLING:
         _log("error", "inside an on_error: %s", error)
         return
-    _TELLING.add(me)
     try:
+        _TELLING.add(me)
         on_error(error, concerned)  # type: ignore[misc]
     except BaseException as mishap:
         if not _ends_here(mishap):
@@ -2095,7 +2095,10 @@ if TYPE_CHECKING:
             """
 
         def close(self) -> "List[bytes]":
-            """Take no more part; return the lines that are given up now, counted as rejected: none from a disk."""
+            """Take no more part; return the lines that are given up, counted as rejected: none from a disk.
+
+            Again: goes on where it was interrupted, and returns them all once more.
+            """
 
         def disown(self) -> None:
             """Let go, in a forked child, of the parent's descriptors."""
@@ -2112,7 +2115,7 @@ class _Ledger:
     is accepted by the one step that puts it there.
     """
 
-    def __init__(self, *more: str, held: "Callable[[], int]" = int) -> None:
+    def __init__(self, *more: str, held: "Callable[[], Dict[str, int]]" = dict) -> None:
         # Guards what a queue moves between its parts. Never held while anything waits or sends. Re-entrant, for a
         # __del__ or a signal handler that closes what it interrupts.
         self.lock = threading.RLock()
@@ -2145,11 +2148,7 @@ class _Ledger:
             # the garbage collector could come in there, with a __del__ that waits for who wants it.
             with self.lock:
                 if changes[-1] is self._changes[-1]:  # where a queue holds nothing, any moment will do
-                    break
-        counts = _sum(changes)
-        counts["accepted"] += held
-        counts["pending"] += held
-        return counts
+                    return _sum(changes + [held])
 
 
 _ACCEPTED = {"accepted": 1, "pending": 1}
@@ -2157,6 +2156,10 @@ _ACCEPTED = {"accepted": 1, "pending": 1}
 
 def _outcome(number: int, outcome: str) -> "Dict[str, int]":
     return {"pending": -number, outcome: number}
+
+
+def _held(pending: int, rejected: int = 0) -> "Dict[str, int]":
+    return {"accepted": pending + rejected, "pending": pending, "rejected": rejected}
 
 
 def _sum(changes: "List[Dict[str, int]]") -> "Dict[str, int]":
@@ -2191,8 +2194,10 @@ class _MemoryQueue:
         self._taken = 0  # the number of the last one that is being taken,
         self._moved = 0  # and of the last one that was
         self._final: "Optional[Tuple[int, int]]" = None  # once it is closed: what mark() says from then on
-        waiting, inflight = self._waiting, self._inflight
-        self.ledger = _Ledger(held=lambda: len(waiting) + len(inflight))  # not of self: that would be a cycle
+        self._left: "Deque[Tuple[bytes, float]]" = collections.deque()  # what close() has given up
+        waiting, inflight, left = self._waiting, self._inflight, self._left
+        # Not of self: that would be a cycle.
+        self.ledger = _Ledger(held=lambda: _held(len(waiting) + len(inflight), len(left)))
 
     def put(self, line: bytes) -> int:
         # A handler may raise between any two of these steps. What tells how far it came is the queue itself: where the
@@ -2271,18 +2276,16 @@ class _MemoryQueue:
 
     def close(self) -> "List[bytes]":
         with self.ledger.lock:
-            if self._final:
-                return []
             self._final = self.mark()  # what is left is not settled
-            left = [line for line, _ in self._inflight.values()]
-            self._inflight.clear()
-            try:
-                while True:  # what comes after the last one, its put() takes back
-                    left.append(self._waiting.popleft()[0])
-            except IndexError:
-                pass
-            self.ledger.add({"accepted": len(left), "rejected": len(left)})
-        return left
+            inflight = map(self._inflight.pop, list(self._inflight))
+            waiting = itertools.starmap(self._waiting.popleft, itertools.repeat(()))
+            for entries in inflight, waiting:  # what comes after the last one, its put() takes back
+                try:
+                    self._left.extend(entries)  # each moved in one step
+                except LookupError:  # none is left
+                    pass
+            self.ledger.add({})  # the move ends here
+        return [line for line, _ in self._left]
 
     def disown(self) -> None:
         """There are no descriptors."""
@@ -3191,7 +3194,10 @@ class _Writer(_Owner):
             self._is_torn = True
             raise
         finally:
-            self._is_busy = is_inner
+            try:
+                self._is_busy = is_inner
+            finally:  # again, where a signal handler raised in that very moment
+                self._is_busy = is_inner
             if self._is_torn and not is_inner:
                 self._mend()
 
@@ -3459,7 +3465,7 @@ class _Spool(_LineQueue):
         path = os.path.join(directory, "rejected.log")
         own, self._tally = self._own, _Tally(due_size, interval)
         tally = self._tally
-        ledger = _Ledger("adopted", held=lambda: own.written - tally.taken)  # not of self: that would be a cycle
+        ledger = _Ledger("adopted", held=lambda: _held(own.written - tally.taken))  # not of self: that would be a cycle
         super().__init__(ledger, _RejectedLog(path, own.room.rejected_size))
         self._leftovers = _Leftovers(directory, own.name)
         self._notice_at = 0.0  # when to look again at our files and for others'
@@ -3896,8 +3902,14 @@ if TYPE_CHECKING:
         def flush(self, timeout: "Optional[float]") -> None:
             """Return when all that was accepted is settled; raise where it is not within *timeout* seconds."""
 
-        def close(self, timeout: "Optional[float]") -> None:
-            """Take no more, flush, end; raise with what is not delivered. Again: goes on where it was interrupted."""
+        def close(self, timeout: "Optional[float]") -> "Optional[Exception]":
+            """Take no more, flush, end; return the error that has what is not delivered in its ``records``.
+
+            Again: goes on where it was interrupted, and returns the same until told() says that it is known.
+            """
+
+        def told(self) -> None:
+            """Note that somebody knows what close() has returned."""
 
         def stats(self) -> "Dict[str, int]":
             """Return the counts; they balance."""
@@ -3910,6 +3922,17 @@ if TYPE_CHECKING:
 
         def disown(self) -> None:
             """Close, in a forked child, the descriptors of the parent. Takes no lock."""
+
+
+def _close(state: "_State", timeout: "Optional[float]") -> None:
+    """Close *state*; raise with what it could not deliver."""
+    problem = state.close(timeout)
+    if problem is not None:
+        try:
+            raise problem
+        except AnalysysPythonSdkException:  # from here on a signal handler's has *problem* as its context
+            state.told()
+            raise
 
 
 class _Signal:
@@ -3989,12 +4012,15 @@ class _Direct:
     def flush(self, timeout: "Optional[float]") -> None:
         """Nothing waits: each call returns after its record is delivered."""
 
-    def close(self, timeout: "Optional[float]") -> None:
+    def close(self, timeout: "Optional[float]") -> None:  # all is told by the calls
         self.closed, thread = not self._is_exit(), self._thread
         self._transport.close()
         self._ended.notify()
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
+
+    def told(self) -> None:
+        """Nothing is left to tell."""
 
     def stats(self) -> "Dict[str, int]":
         return self._ledger.stats()
@@ -4062,7 +4088,7 @@ class _Turn:
 
 
 # The phases of a _Worker; they only grow.
-_TAKES, _DROPPED, _CLOSING, _ENDED = range(4)
+_TAKES, _DROPPED, _CLOSING, _ENDED, _TOLD = range(5)
 
 
 class _Worker:
@@ -4138,7 +4164,7 @@ class _Worker:
             nonlocal is_settled
             accepted, settled = self._queue.mark()  # close() may have had put() take a record back, hence min()
             is_settled = settled >= min(goal, accepted)
-            return is_settled and not self._queue.ledger.refusals or self._phase == _ENDED
+            return is_settled and not self._queue.ledger.refusals or self._phase >= _ENDED
 
         while not is_over() and not self._turn.is_mine() and _CLOCK.now() < deadline:
             self.hurry()  # again each second, to cut a back-off that began meanwhile
@@ -4152,28 +4178,33 @@ class _Worker:
             message = "%d records are not delivered: %s" % (self.stats()["pending"], self._sender.outage.state())
             raise AnalysysPythonSdkNetworkException(message)
 
-    def close(self, timeout: "Optional[float]") -> None:
-        if self._phase == _ENDED:
-            return
-        self._phase = _CLOSING
-        began, problem = _CLOCK.now(), None
-        # Ctrl-C may end the flush: the phase is still _CLOSING then, and the next close() goes on from here.
+    def close(self, timeout: "Optional[float]") -> "Optional[Exception]":
+        # Ctrl-C may end this anywhere: the next close() goes on from there, and all is given back until it is told.
+        self._phase = max(self._phase, _CLOSING)
+        began, why = _CLOCK.now(), ""
         try:
             self.flush(timeout)
-        except AnalysysPythonSdkNetworkException as error:
-            problem = error
-        self._phase, thread = _ENDED, self._thread
+        except AnalysysPythonSdkNetworkException:
+            why = self._sender.outage.state()
+        self._phase, thread = max(self._phase, _ENDED), self._thread
         # A queue on disk stays the thread's until its request is over, so that nobody sends the same meanwhile.
         left = [] if self._queue.is_durable and thread is not None else self._queue.close()
         self._changed.notify()
         if thread is None:
             self._end()
-        elif problem is None and not self._turn.is_mine():
+        elif not why and not self._turn.is_mine():
             left_over = _LONGEST_WAIT if timeout is None else timeout - (_CLOCK.now() - began)
             thread.join(max(0.0, min(left_over, _LONGEST_WAIT)))
-        if left:
-            message = str(problem) if problem else "%d records came while the collecter was closed" % len(left)
-            raise AnalysysPythonSdkNetworkException(message, _records(left))
+        if not left:
+            self.told()
+        if self._phase == _TOLD:
+            return None
+        message = "%d records are not delivered: %s" % (len(left), why or "they came while the collecter was closed")
+        return AnalysysPythonSdkNetworkException(message, _records(left))
+
+    def told(self) -> None:
+        self._phase = _TOLD
+        _OPEN.discard(self)
 
     def stats(self) -> "Dict[str, int]":
         return self._queue.ledger.stats()
@@ -4224,7 +4255,7 @@ class _Worker:
         try:
             self.flush(_EXIT_TIMEOUT)
         except AnalysysPythonSdkNetworkException:
-            self.close(0)
+            _close(self, 0)
 
     def _wait_for_room(self, line: bytes) -> int:
         """Put *line* when there is room, and return what put() does; raise where there is none for too long."""
@@ -4348,7 +4379,7 @@ class _Worker:
         if self._phase == _DROPPED:
             accepted, settled = self._queue.mark()
             return settled >= accepted
-        return self._phase == _ENDED
+        return self._phase >= _ENDED
 
     def _report(self) -> None:
         """Tell of records that were given up. Under no lock; the turn keeps it to one thread."""
@@ -4369,7 +4400,8 @@ class _Worker:
             self._queue.close()
             self._report()
         self._sender.close()
-        _OPEN.discard(self)
+        if self._phase != _ENDED:  # else what is left is not told yet
+            _OPEN.discard(self)
 
 
 def _weakly(held: "Any") -> "Callable[[], Any]":
@@ -4435,7 +4467,7 @@ class _LogFile:
             raise _closed()
         # The first one that waits has it written at exit; where exit is over, nothing may wait.
         is_due = len(self._buffer) + 1 >= self._batch or not self._buffer and not _register(self)
-        if is_due and not _WRITES.now:
+        if is_due and not _WRITES.are_under_way():
             self._write(line)
             return
         self.ledger.add(_ACCEPTED)
@@ -4444,22 +4476,22 @@ class _LogFile:
             _register(self)
             _WRITES.postponed += (self,)
         if self.closed:  # by another thread, while we were here
-            self.close()
+            _close(self, None)
 
     def flush(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, or raise and keep it."""
-        if self._buffer and _WRITES.now:
+        if self._buffer and _WRITES.are_under_way():
             _WRITES.postponed += (self,)
         elif self._buffer:
             self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
 
-    def close(self, timeout: "Optional[float]" = None) -> None:
-        """Write what waits, then take no more; where that fails, raise with it in ``records`` and stay open."""
+    def close(self, timeout: "Optional[float]" = None) -> "Optional[Exception]":
+        """Write what waits, then take no more; where that fails, stay open."""
         try:
             self.flush(timeout)
         except AnalysysPythonSdkFileException as error:
             error.records = [_decode(line) for line in list(self._buffer)]
-            raise
+            return error
         self.closed = True
         if not self._buffer:  # else a write that this call interrupts sees to it, or exit
             _OPEN.discard(self)
@@ -4468,11 +4500,18 @@ class _LogFile:
                 self.disown()
             finally:
                 self._lock.release()
+        return None
+
+    def told(self) -> None:
+        """It is still to be written: it is told again."""
 
     def take_back(self, lines: bytes) -> None:
         """Take back *lines*, which were written last, by one put()."""
         with self._lock:
             self._written -= self._file.take_back(lines)
+
+    def is_locked(self) -> bool:
+        return self._lock.locked()
 
     def hurry(self) -> None:
         """Nothing to hurry: there is no thread."""
@@ -4481,10 +4520,9 @@ class _LogFile:
         """The collecter is gone: write what is left, at exit if it cannot be now."""
         if not _HOOKS.get(self.pid, True):  # exit has tried
             return
-        try:
-            self.close(1.0)
-        except AnalysysPythonSdkFileException as error:
-            _log("error", "%d records wait for exit: %s", len(error.records), error)
+        problem: "Any" = self.close(1.0)
+        if problem is not None:
+            _log("error", "%d records wait for exit: %s", len(problem.records), problem)
 
     def disown(self) -> None:
         self._file.close()
@@ -4497,8 +4535,9 @@ class _LogFile:
 
     def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT) -> None:
         """Write what waits and then *line*, which may be empty."""
-        _WRITES.now = True
+        outer = _WRITES.log
         try:
+            _WRITES.log = self
             with self._lock:
                 note, lines = self._note_line, line
                 if self._buffer or not line:
@@ -4515,7 +4554,7 @@ class _LogFile:
                 if self.closed:
                     self.disown()
         finally:
-            _WRITES.now = False
+            _WRITES.log = outer
             if _WRITES.postponed:
                 _write_postponed()
 
@@ -4541,8 +4580,12 @@ class _LogFile:
 
 
 class _Writes(threading.local):
-    now = False  # whether this thread is inside a write
+    log: "Optional[_LogFile]" = None  # the one into which this thread writes just now
     postponed: "Tuple[_LogFile, ...]" = ()  # what it is to flush when that write is over
+
+    def are_under_way(self) -> bool:
+        """Tell whether this thread is inside a write. Its lock is asked as well: an exception may leave `log` behind."""
+        return self.log is not None and self.log.is_locked()
 
 
 _WRITES = _Writes()
@@ -4600,7 +4643,7 @@ class _Collecter:
         seconds = _check("timeout", timeout)
         state = self._state()
         try:
-            state.close(seconds)
+            _close(state, seconds)
         finally:
             self._closed = state.closed
 
@@ -4871,26 +4914,35 @@ def _disown(states: "Dict[int, _State]") -> None:
 def _deliver_at_exit() -> None:
     """Close all that is open, within `_EXIT_TIMEOUT` in all; tell what could not be delivered.
 
-    A Ctrl-C ends the waiting, not the telling: close() goes on where it was interrupted.
+    A Ctrl-C ends the waiting, not the telling: each step goes on where it was interrupted.
     """
-    deadline = _CLOCK.now() + _EXIT_TIMEOUT
+    deadlines = iter([_CLOCK.now() + _EXIT_TIMEOUT])
     _HOOKS[os.getpid()] = False  # what is put from here on is delivered by the call itself: begin() says so
     states = [state for state in list(_OPEN) if state.pid == os.getpid()]
-    untold: "List[Exception]" = []
-    for step in [functools.partial(_wait_at_exit, states)] + [functools.partial(_close_at_exit, s) for s in states]:
-        is_done = False
-        while not is_done:
-            try:
-                untold += step(deadline)
-                is_done = True
-            except (KeyboardInterrupt, SystemExit):  # a signal handler's
-                deadline = 0.0
-    number = sum(len(getattr(error, "records", ())) for error in untold)
-    if number:
-        _log("error", "%d records were not delivered at exit: %s", number, untold[-1])
+    untold: "Dict[_State, Exception]" = {}
+    steps: "List[Callable[[float], None]]" = [functools.partial(_wait_at_exit, states)]
+    steps += [functools.partial(_close_at_exit, state, untold) for state in states]
+    steps += [functools.partial(_tell_at_exit, untold)]
+
+    def deliver() -> None:
+        deadline = next(deadlines, 0.0)
+        while steps:
+            steps[0](deadline)
+            del steps[0]
+
+    _despite_signals(deliver)
 
 
-def _wait_at_exit(states: "List[_State]", deadline: float) -> "List[Exception]":
+def _despite_signals(call: "Callable[[], None]", depth: int = 3) -> None:
+    """Call *call* until it returns, or has raised too often. What comes between two attempts, the next depth catches."""
+    for _ in range(100):
+        try:
+            return _despite_signals(call, depth - 1) if depth else call()
+        except BaseException:  # a signal handler's
+            pass
+
+
+def _wait_at_exit(states: "List[_State]", deadline: float) -> None:
     """Give what is under way a second; then say what the process waits for, and for how long."""
     for state in states:
         state.hurry()
@@ -4903,19 +4955,31 @@ def _wait_at_exit(states: "List[_State]", deadline: float) -> "List[Exception]":
             if deadline > _CLOCK.now():
                 _log("warning", "analysys: waiting at exit for up to %.0f s: %s", deadline - _CLOCK.now(), error)
             break
-    return []
 
 
-def _close_at_exit(state: "_State", deadline: float) -> "List[Exception]":
-    """Close *state*; return what nobody was told of."""
+def _close_at_exit(state: "_State", untold: "Dict[_State, Exception]", deadline: float) -> None:
+    """Close *state* and note what is to be told; whatever befalls one, the others have their turn."""
     try:
-        state.close(max(0.0, deadline - _CLOCK.now()))
-    except Exception as error:  # whatever befalls one, the others have their turn
-        on_error = state.on_error
-        if on_error is None:
-            return [error]
-        _tell(on_error, error, getattr(error, "records", []))
-    return []
+        problem = state.close(max(0.0, deadline - _CLOCK.now()))
+    except Exception as error:
+        problem = error
+    if problem is not None:
+        untold[state] = problem
+
+
+def _tell_at_exit(untold: "Dict[_State, Exception]", deadline: float) -> None:
+    _LOGGING.now = False  # a signal handler may have raised in the very moment in which _log() clears it
+    for state, problem in list(untold.items()):
+        if state.on_error is not None:
+            on_error, state.on_error = state.on_error, None  # once: where that is interrupted, the log is told instead
+            _tell(on_error, problem, getattr(problem, "records", []))
+            state.told()
+            del untold[state]
+    number = sum(len(getattr(error, "records", ())) for error in untold.values())
+    if number:
+        _log("error", "%d records were not delivered at exit: %s", number, list(untold.values())[-1])
+    for state in untold:
+        state.told()
 
 
 ########################################################################################################################
