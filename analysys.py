@@ -4584,7 +4584,7 @@ class _Writes(threading.local):
     postponed: "Tuple[_LogFile, ...]" = ()  # what it is to flush when that write is over
 
     def are_under_way(self) -> bool:
-        """Tell whether this thread is inside a write. Its lock is asked as well: an exception may leave `log` behind."""
+        """Tell whether this thread is inside a write. Its lock is asked, too: an exception may leave `log` behind."""
         return self.log is not None and self.log.is_locked()
 
 
@@ -4934,10 +4934,12 @@ def _deliver_at_exit() -> None:
 
 
 def _despite_signals(call: "Callable[[], None]", depth: int = 3) -> None:
-    """Call *call* until it returns, or has raised too often. What comes between two attempts, the next depth catches."""
+    """Call *call* until it returns, or raised too often. What comes between two attempts, the next depth catches."""
+    attempt = functools.partial(_despite_signals, call, depth - 1) if depth else call
     for _ in range(100):
         try:
-            return _despite_signals(call, depth - 1) if depth else call()
+            attempt()
+            return
         except BaseException:  # a signal handler's
             pass
 
