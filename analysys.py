@@ -5820,7 +5820,9 @@ class _Printer:
     """Prints a line a record in the main thread, at most 100 a second: a terminal that stands still holds up nobody."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards what follows; notified by lines
+        self.is_over = False
+        self._changed = _Signal()  # there are lines, or it is over
+        self._lock = threading.Lock()  # guards what follows
         self._lines: "List[str]" = []  # text and no records, which would be kept as long as a terminal stands still
         self._second = 0
         self._room = 0  # lines that this second may still have
@@ -5830,25 +5832,29 @@ class _Printer:
         """Have *record* printed, unless there are too many."""
         import shutil
 
-        with self._changed:
+        with self._lock:
             self._turn()
             if self._room <= 0 or len(self._lines) > 2 * _LINES_PER_SECOND:
                 self._more += 1
                 return
             self._room -= 1
             self._lines.append(_event_text(record, reason, shutil.get_terminal_size((160, 24)).columns))
-            self._changed.notify()
+        self._changed.notify()
 
     def run(self) -> None:
-        """Print until a signal raises."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._lines, 1)
+        """Print until it is over."""
+        while not self.is_over:
+            self._changed.wait_for(lambda: self._lines or self.is_over, _CLOCK.now() + 1)
             self.show()
+
+    def stop(self) -> None:
+        """Have run() return soon. Takes no lock: a signal handler may call it."""
+        self.is_over = True
+        self._changed.notify()
 
     def show(self) -> None:
         """Print what waits."""
-        with self._changed:
+        with self._lock:
             self._turn()
             lines, self._lines = self._lines, []
         if lines:
@@ -5925,19 +5931,22 @@ def _serve(arguments: "Any") -> int:
         raise
     is_private = _is_loopback("[%s]" % site.address if ":" in site.address else site.address)
     clock = getattr(signal, "SIGALRM", None)
-    kept = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, clock) if number]
+
+    def stop(*_: "Any") -> None:  # raises nothing: nothing of the end, which counts, is cut short by one more signal
+        if clock and not site.printer.is_over:
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        site.printer.stop()
+
+    handlers = [(signal.SIGINT, stop), (signal.SIGTERM, stop)] + ([(clock, let_go)] if clock else [])
+    kept = {number: signal.getsignal(number) for number, _ in handlers}
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number, handler in handlers:
+            if kept[number] is not signal.SIG_IGN or number != signal.SIGINT:  # as a shell's background job has it
+                signal.signal(number, handler)
         _print("serving on %s" % site.url)
         if not is_private:
             _print("analysys: whoever reaches %s can read what comes in" % site.address, "stderr")
         site.printer.run()
-    except KeyboardInterrupt:
-        for number, _ in kept:
-            signal.signal(number, signal.SIG_IGN)  # the end is near, and counts
-        if clock:
-            signal.signal(clock, let_go)
-            signal.setitimer(signal.ITIMER_REAL, 1, 1)
         site.close()
         site.printer.show()
         # Not as_json(): a request may still be at work, and counts.
@@ -5950,9 +5959,16 @@ def _serve(arguments: "Any") -> int:
         site.close()
         if clock:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in kept:
-            signal.signal(number, handler)
+        _restore(kept)
     return _DONE
+
+
+def _restore(handlers: "Dict[int, Any]") -> None:
+    """Give signals their *handlers* back; where this process ends now, one more signal would only spoil its status."""
+    import signal
+
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
 
 
 def _server_tls(files: "Optional[List[str]]") -> "Any":
@@ -6567,10 +6583,7 @@ class _Stop:
         return self
 
     def __exit__(self, *_: "Any") -> None:
-        import signal
-
-        for number, handler in self._kept.items():
-            signal.signal(number, handler)
+        _restore(self._kept)
 
     def _on_signal(self, number: int, _: "Any") -> None:
         self.asked += 1

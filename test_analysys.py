@@ -7940,11 +7940,19 @@ def test_a_port_that_is_taken_is_2_and_says_how_to_choose_another(capsys):
         assert port in printed and "--port" in printed and printed.count("\n") == 1
 
 
+@posix_only
+def test_serve_ends_with_its_summary_and_0_however_often_it_is_told_to():
+    for _ in range(4):
+        with serving() as server:
+            for number in [signal.SIGINT, signal.SIGTERM] * 4:
+                server.process.send_signal(number)
+            server.process.wait(20)
+        assert server.lines == ["0 accepted, 0 refused", ""]
+
+
 @table("host, warns", [("0.0.0.0", True), ("127.0.0.1", False), ("localhost", False)])
 def test_beyond_loopback_a_warning_is_printed_and_the_address_is_one_to_open(host, warns, capsys, monkeypatch):
-    def stop(printer):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(analysys._Printer, "run", stop)
+    monkeypatch.setattr(analysys._Printer, "run", analysys._Printer.stop)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert analysys.main(["serve", "--host", host, "--port", "0"]) == 0
     printed = capsys.readouterr()
@@ -8019,7 +8027,6 @@ def test_the_summary_waits_for_no_request_that_is_still_at_work(capsys, monkeypa
     def stop(printer):
         filler.start()
         wait_until(lambda: sites[0].inventory.accepted > 3000)
-        raise KeyboardInterrupt
     filler = threading.Thread(target=fill)
     monkeypatch.setattr(analysys, "_Site", Noted)
     monkeypatch.setattr(analysys._Printer, "run", stop)
@@ -8033,13 +8040,13 @@ def test_the_summary_waits_for_no_request_that_is_still_at_work(capsys, monkeypa
 
 def test_a_running_serve_imports_nothing_for_a_signal_to_come_in_between():
     code = """if True:
-        import analysys, sys
+        import analysys, os, signal, sys
         before, plain, printer = [], analysys._print, analysys._Printer
         def print_(*told):                             # first where it serves, then a line of each kind, then the sum
             plain(*told)
             before.extend([] if before else sys.modules)
             if "bad" in told[0]:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
         def run(self, run=printer.run):
             self.add(%r, None), self.add({}, "bad")
             run(self)
