@@ -4970,7 +4970,9 @@ def _close_at_exit(state: "_State", untold: "Dict[_State, Exception]", deadline:
 
 
 def _tell_at_exit(untold: "Dict[_State, Exception]", deadline: float) -> None:
-    _LOGGING.now = False  # a signal handler may have raised in the very moment in which _log() clears it
+    # A signal handler may have raised in the very moment in which _log() or _tell() took these back.
+    _LOGGING.now = False
+    _TELLING.discard((os.getpid(), threading.get_ident()))
     for state, problem in list(untold.items()):
         if state.on_error is not None:
             on_error, state.on_error = state.on_error, None  # once: where that is interrupted, the log is told instead

@@ -6528,8 +6528,11 @@ def test_wherever_a_signal_handler_raises_in_close_or_at_exit_each_record_left_i
             for number in range(3):
                 collecter.uploadData(event("e%d" % number))
             came = disturbed(close if name == "close" else exits_here, step, interrupt)
-            analysys._LOGGING.now = True               # as if it had raised in the very moment in which that is cleared
+            analysys._LOGGING.now = True               # as if it had raised in the very moment in which they are cleared
+            analysys._TELLING.add((os.getpid(), threading.get_ident()))
             state = collecter._state()
+            while state._queue.ledger.lock._is_owned():            # in a `with` that was about to unlock it
+                state._queue.ledger.lock.release()
             wait_until(lambda: state._phase < analysys._ENDED or state._thread is None)
             for end in [exits_here, close] if step % 2 else [close, exits_here]:
                 end()
