@@ -6554,6 +6554,61 @@ def test_an_on_error_that_raises_at_exit_is_not_called_again_and_the_log_is_told
     assert calls == [1] and [entry.args[0] for entry in entries if "not delivered at exit" in entry.msg] == [1]
 
 
+@pytest.mark.parametrize("has_on_error", [False, True])
+def test_a_sys_exit_of_a_signal_handler_inside_a_logging_handler_at_exit_leaves_nothing_untold(has_on_error, exits_here):
+    def exit_once(*_):
+        calls.append(1)
+        if len(calls) <= 1 + has_on_error:
+            sys.exit(3)
+    calls = []
+    collecter = BatchCollecter(URL, NEVER, NEVER, on_error=exit_once if has_on_error else None)
+    collecter.uploadData(event("e"))
+    logger, handler = logging.getLogger("analysys"), logging.Handler()
+    handler.filter = lambda entry: "on_error raised" in entry.msg or "not delivered at exit" in entry.msg
+    handler.emit = exit_once
+    logger.addHandler(handler)
+    try:
+        with logged() as entries:
+            exits_here()
+    finally:
+        logger.removeHandler(handler)
+    assert len(calls) == 2 + has_on_error
+    assert {entry.args[0] for entry in entries if "not delivered at exit" in entry.msg} == {1}
+
+
+def test_a_log_that_signal_handlers_left_locked_is_written_by_this_thread_and_the_others(tmp_path, exits_here):
+    collecter = LogCollecter(str(tmp_path), True, 3)
+    state = collecter._state()
+    collecter.uploadData(event("a"))
+    state._lock.acquire()                              # as an exception in a `with` that is about to unlock it leaves it
+    with within(8):
+        collecter.flush()
+        thread = threading.Thread(target=lambda: [collecter.uploadData(event(xwhat)) for xwhat in "bcd"], daemon=True)
+        thread.start()
+        thread.join(8)
+    state._lock.acquire()
+    analysys._WRITES.log = state                       # and one more, where that is cleared
+    collecter.uploadData(event("e"))
+    with within(8):
+        exits_here()
+    assert lines_in(tmp_path) == ["a", "b", "c", "d", "e"]
+    balanced(collecter, delivered=5)
+
+
+def test_wherever_a_signal_handler_raises_as_a_failed_write_closes_its_file_nobody_is_kept_from_its_lock(tmp_path):
+    for step in range(1, 200):
+        path = str(tmp_path / str(step))
+        file, other = (analysys._SharedFile(path, 0o600, analysys._open_lines) for _ in range(2))
+        came = disturbed(lambda: file.append(b"a\n", interrupt), step, interrupt)
+        file.append(b"b\n", lambda: None, 0.0)
+        other.append(b"c\n", lambda: None, 0.0)
+        file.close()
+        other.close()
+        if not came:
+            break
+    assert step > 20
+
+
 @pytest.mark.parametrize("name", ["uploadData", "flush", "close"])
 def test_wherever_a_signal_handler_raises_in_a_call_to_a_log_exit_writes_what_waits(name, tmp_path, exits_here):
     for step in range(1, 2000):
@@ -6564,9 +6619,6 @@ def test_wherever_a_signal_handler_raises_in_a_call_to_a_log_exit_writes_what_wa
         for xwhat in "ab":
             collecter.uploadData(event(xwhat))
         came = disturbed(lambda: getattr(collecter, name)(*[event("c")] * (name == "uploadData")), step, interrupt)
-        if collecter._state().is_locked():             # in a `with` that was about to unlock it: not ours to mend
-            collecter._state()._lock.release()
-            continue
         exits_here()
         written = [one["xwhat"] for one in lines(folder)]
         assert written[:2] == ["a", "b"], (step, written)          # all of it again where it was not noted
