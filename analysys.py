@@ -4076,7 +4076,7 @@ class _Direct:
 
 
 class _Turn:
-    """Whose turn it is to send and to report: one thread's at a time. Nobody waits for it, so it cannot deadlock.
+    """Whose turn something is: one thread's at a time. Nobody waits for it, so it cannot deadlock.
 
     Taken and given in one step each, so that an exception out of a signal handler cannot lose it.
     """
@@ -4131,7 +4131,8 @@ class _Worker:
         self._goal = 0  # all up to this many accepted records are due
         self._hurried = False  # the goal is to be set anew
         self._changed = _Signal()  # its threshold is out of reach while the thread is awake or backs off
-        self._turn = _Turn()
+        self._turn = _Turn()  # to send and to report
+        self._closing = _Turn()  # whose it is to tell what close() leaves: others that close it meanwhile do not
         self._thread: "Optional[threading.Thread]" = None
 
     @property
@@ -4208,7 +4209,8 @@ class _Worker:
             thread.join(max(0.0, min(left_over, _LONGEST_WAIT)))
         if not left:
             self.told()
-        if self._phase == _TOLD:
+        is_exit = not _HOOKS.get(self.pid, True)  # by then who had that turn may be gone
+        if self._phase == _TOLD or not self._closing.take() and not is_exit:
             return None
         message = "%d records are not delivered: %s" % (len(left), why or "they came while the collecter was closed")
         return AnalysysPythonSdkNetworkException(message, _records(left))

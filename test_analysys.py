@@ -6542,6 +6542,29 @@ def test_wherever_a_signal_handler_raises_in_close_or_at_exit_each_record_left_i
     assert step > 100
 
 
+def test_of_threads_that_close_a_collecter_at_once_one_has_what_is_left():
+    def close():
+        try:
+            collecter.close(0)
+        except NetworkError as error:
+            told.extend(error.records)
+
+    def close_aside(*_):
+        other.start()
+        other.join(0.05)                               # it may wait for a lock that the step has
+    for step in range(1, 2000):
+        told, collecter, other = [], BatchCollecter(URL, NEVER, NEVER), threading.Thread(target=close, daemon=True)
+        for number in range(3):
+            collecter.uploadData(event("e%d" % number))
+        came = disturbed(close, step, close_aside)
+        if not came:
+            break
+        other.join(9)
+        balanced(collecter, accepted=3, rejected=3)
+        assert len(told) == 3, (step, told)
+    assert step > 50
+
+
 def test_an_on_error_that_raises_at_exit_is_not_called_again_and_the_log_is_told(exits_here):
     calls = []
     def on_error(*_):
