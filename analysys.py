@@ -6607,8 +6607,10 @@ class _Stop:
 
     def _on_signal(self, number: int, _: "Any") -> None:
         self.asked += 1
-        if self._waking.locked():
+        try:
             self._waking.release()
+        except RuntimeError:  # it is open already, maybe by one more signal just now
+            pass
 
     def check(self) -> None:
         """Raise _Stopped where reading is to end."""
@@ -8424,7 +8426,10 @@ _DONE, _SOME_REJECTED, _NOT_DELIVERED, _WRONG_USAGE = 0, 1, 2, 64  # exit status
 
 def main(argv: "Optional[List[str]]" = None) -> int:
     """Run the command line with *argv* (None: that of the process) and return its exit status."""
+    kept: "Dict[int, Any]" = {}
     try:
+        if __name__ == "__main__":
+            kept = _calm_ctrl_c()
         parser = _parser()
         arguments, status = _parsed(parser, argv)
         if arguments is None:
@@ -8447,7 +8452,31 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     except BaseException as error:  # whatever it is, it is one sentence
         known = isinstance(error, (AnalysysPythonSdkException, OSError))
         _print_error("analysys" if known else "analysys: %s" % type(error).__name__, error)
+    finally:
+        _restore(kept)
     return _NOT_DELIVERED
+
+
+def _calm_ctrl_c() -> "Dict[int, Any]":
+    """Have Ctrl-C raise once a second at most: one that comes as main() tells of another would be a traceback.
+
+    Return the handler that it had.
+    """
+    import signal
+
+    not_before = 0.0
+
+    def interrupt(*_: "Any") -> None:
+        nonlocal not_before
+        if _CLOCK.now() >= not_before:
+            not_before = _CLOCK.now() + 1
+            raise KeyboardInterrupt
+
+    kept = signal.getsignal(signal.SIGINT)
+    if kept is not signal.default_int_handler:  # ignored, as a shell's background job has it
+        return {}
+    signal.signal(signal.SIGINT, interrupt)
+    return {signal.SIGINT: kept}
 
 
 def _parser() -> "Any":

@@ -8718,6 +8718,29 @@ def test_after_ten_signals_upload_has_delivered_each_event_once(tmp_path, name):
         assert server.names == numbered("e", 60)
 
 
+def test_one_more_signal_inside_the_handler_of_a_stop_raises_nothing():
+    for step in range(1, 20):
+        stop = analysys._Stop()
+        came = disturbed(lambda: stop._on_signal(2, None), step, lambda: stop._on_signal(2, None))
+        stop.wait(float("inf"))                        # returns at once
+        if not came:
+            break
+    assert step > 3
+
+
+@posix_only
+def test_however_often_ctrl_c_comes_check_says_in_one_sentence_that_it_was_stopped():
+    for _ in range(3):
+        with FaultyServer(then=silent) as server:
+            command = [SOURCE, "check", "--server", server.url, "--app-id", "app"]
+            with launch(*command) as running:
+                wait_until(lambda: server.times)
+                while running.poll() is None:
+                    running.send_signal(signal.SIGINT)
+                done = ended(running)
+        assert done[::2] == (2, "analysys: it was stopped\n")
+
+
 @posix_only
 def test_a_process_that_gets_a_signal_ends_its_request_and_says_what_remains(tmp_path):
     log_file(tmp_path / "datas_2018072510.log", *numbered("e", 30))
