@@ -331,12 +331,13 @@ def _bad_item(argument: str, value: object, rule: str) -> "Tuple[str, object, st
     return argument, value, rule
 
 
-def _log(level: str, message: str, *values: object) -> None:
-    """Log, but for what a logging handler brings about that itself tracks: that would never end."""
+def _log(level: str, message: str, *values: object) -> bool:
+    """Log, but for what a logging handler brings about that itself tracks: that would never end. Return whether that
+    went well: sys.exit() in a signal handler may have cut it short."""
     import logging
 
     if getattr(_LOGGING, "now", False):
-        return
+        return True
     try:
         _LOGGING.now = True
         logger = logging.getLogger(_LOGGER)
@@ -344,9 +345,11 @@ def _log(level: str, message: str, *values: object) -> None:
             logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None))
         else:
             getattr(logger, level)(message, *values)
+        return True
     except BaseException as mishap:
         if not _ends_here(mishap):
             raise
+        return False
     finally:
         _LOGGING.now = False
 
@@ -369,19 +372,22 @@ class _Echo(bytes):
     """A line that an on_error tracked. What befalls it is logged, not told: else there might be no end to it."""
 
 
-def _tell(on_error: "OnError", error: Exception, concerned: object) -> None:
-    """Hand *error* to the application's *on_error*; one that raises is logged, and so is what fails inside one."""
+def _tell(on_error: "OnError", error: Exception, concerned: object) -> bool:
+    """Hand *error* to the application's *on_error*; one that raises is logged, and so is what fails inside one.
+
+    Return whether one of the two went well.
+    """
     me = os.getpid(), threading.get_ident()
     if me in _TELLING:
-        _log("error", "inside an on_error: %s", error)
-        return
+        return _log("error", "inside an on_error: %s", error)
     try:
         _TELLING.add(me)
         on_error(error, concerned)  # type: ignore[misc]
+        return True
     except BaseException as mishap:
         if not _ends_here(mishap):
             raise
-        _log("error", "on_error raised %s: %s, when it was told of: %s", type(mishap).__name__, mishap, error)
+        return _log("error", "on_error raised %s: %s, when it was told of: %s", type(mishap).__name__, mishap, error)
     finally:
         _TELLING.discard(me)
 
@@ -2328,6 +2334,7 @@ class _SharedFile:
         self._mode = mode  # of a new file
         self._open = opener
         self._fd = -1
+        self._is_open = False  # so it is, with all below; False and yet a descriptor: a signal cut close() short
         self._place = b""  # the path as the system has it: so it is looked up in less time
         self._inode = (-1, -1)
         self._end = 0  # where our last append ended: nothing came after it if the file still has that size
@@ -2366,14 +2373,18 @@ class _SharedFile:
             self.close()
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        _close_kept(fd, self._inode)
+        # In this order: a descriptor that an exception out of a signal handler had us forget would keep the lock.
+        self._is_open = False
+        _close_kept(self._fd, self._inode)
+        self._fd = -1
 
     def _lock(self, patience: float, attempts: int = 100) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
-        if self._fd < 0:
+        if not self._is_open:
+            self.close()
             self._fd = self._open(self.path, self._mode)
             self._inode, self._place, self._end = _inode(os.fstat(self._fd)), os.fsencode(self.path), 0
+            self._is_open = True
         if self._tried_at >= 0:  # those who came meanwhile need not wait as well
             patience = _SHORT_LOCK_TIMEOUT if _CLOCK.now() > self._tried_at + _SHORT_LOCK_TIMEOUT else 0.0
         try:
@@ -4071,20 +4082,21 @@ class _Turn:
     """
 
     def __init__(self) -> None:
-        self._holder: "Dict[None, int]" = {}
+        self._holders: "Dict[str, int]" = {}  # what for -> thread
 
-    def take(self) -> bool:
-        return self._holder.setdefault(None, threading.get_ident()) == threading.get_ident()
+    def take(self, what: str = "send") -> bool:
+        """Return whether this thread has the turn. That to do something else than send is taken once and for all."""
+        return self._holders.setdefault(what, threading.get_ident()) == threading.get_ident()
 
     def give(self) -> None:
         if self.is_mine():
-            self._holder.pop(None, None)
+            self._holders.pop("send", None)
 
     def is_free(self) -> bool:
-        return not self._holder
+        return "send" not in self._holders
 
     def is_mine(self) -> bool:
-        return self._holder.get(None) == threading.get_ident()
+        return self._holders.get("send") == threading.get_ident()
 
 
 # The phases of a _Worker; they only grow.
@@ -4197,7 +4209,8 @@ class _Worker:
             thread.join(max(0.0, min(left_over, _LONGEST_WAIT)))
         if not left:
             self.told()
-        if self._phase == _TOLD:
+        # Of threads that close it at once one has what is left, or exit has it: by then that one may be gone.
+        if self._phase == _TOLD or not self._turn.take("tell") and _HOOKS.get(self.pid, True):
             return None
         message = "%d records are not delivered: %s" % (len(left), why or "they came while the collecter was closed")
         return AnalysysPythonSdkNetworkException(message, _records(left))
@@ -4451,7 +4464,9 @@ class _LogFile:
     def __init__(self, directory: str, pattern: str, batch: int) -> None:
         self.pid = os.getpid()
         self.ledger = _Ledger()
-        self._lock = threading.Lock()  # guards all below but _buffer; held for a whole write
+        # Guards all below but _buffer; held for a whole write. Re-entrant: up to Python 3.10 an exception out of a
+        # signal handler may leave it locked, and then this thread would wait for itself.
+        self._lock: "Any" = threading.RLock()
         self._directory = directory
         self._pattern = pattern  # for strftime
         self._batch = batch
@@ -4495,7 +4510,7 @@ class _LogFile:
         self.closed = True
         if not self._buffer:  # else a write that this call interrupts sees to it, or exit
             _OPEN.discard(self)
-        if self._lock.acquire(False):  # or else who is writing does it
+        if not self.is_writing() and self._lock.acquire(False):  # or else who is writing does it
             try:
                 self.disown()
             finally:
@@ -4510,8 +4525,9 @@ class _LogFile:
         with self._lock:
             self._written -= self._file.take_back(lines)
 
-    def is_locked(self) -> bool:
-        return self._lock.locked()
+    def is_writing(self) -> bool:
+        """Tell whether this thread does. Its lock is asked, too: an exception may leave `_WRITES.log` behind."""
+        return _WRITES.log is self and bool(self._lock._is_owned())
 
     def hurry(self) -> None:
         """Nothing to hurry: there is no thread."""
@@ -4535,7 +4551,9 @@ class _LogFile:
 
     def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT) -> None:
         """Write what waits and then *line*, which may be empty."""
-        outer = _WRITES.log
+        while self._lock._is_owned():  # left behind, see there; other threads wait for it
+            self._lock.release()
+        outer = _WRITES.log  # which may not have its lock yet
         try:
             _WRITES.log = self
             with self._lock:
@@ -4584,8 +4602,8 @@ class _Writes(threading.local):
     postponed: "Tuple[_LogFile, ...]" = ()  # what it is to flush when that write is over
 
     def are_under_way(self) -> bool:
-        """Tell whether this thread is inside a write. Its lock is asked, too: an exception may leave `log` behind."""
-        return self.log is not None and self.log.is_locked()
+        """Tell whether this thread is inside a write."""
+        return self.log is not None and self.log.is_writing()
 
 
 _WRITES = _Writes()
@@ -4926,6 +4944,9 @@ def _deliver_at_exit() -> None:
 
     def deliver() -> None:
         deadline = next(deadlines, 0.0)
+        # A signal handler may have raised in the very moment in which these are cleared.
+        _LOGGING.now, _WRITES.log = False, None
+        _TELLING.discard((os.getpid(), threading.get_ident()))
         while steps:
             steps[0](deadline)
             del steps[0]
@@ -4970,18 +4991,16 @@ def _close_at_exit(state: "_State", untold: "Dict[_State, Exception]", deadline:
 
 
 def _tell_at_exit(untold: "Dict[_State, Exception]", deadline: float) -> None:
-    # A signal handler may have raised in the very moment in which _log() or _tell() took these back.
-    _LOGGING.now = False
-    _TELLING.discard((os.getpid(), threading.get_ident()))
     for state, problem in list(untold.items()):
         if state.on_error is not None:
             on_error, state.on_error = state.on_error, None  # once: where that is interrupted, the log is told instead
-            _tell(on_error, problem, getattr(problem, "records", []))
-            state.told()
-            del untold[state]
+            if _tell(on_error, problem, getattr(problem, "records", [])):
+                state.told()
+                del untold[state]
     number = sum(len(getattr(error, "records", ())) for error in untold.values())
-    if number:
-        _log("error", "%d records were not delivered at exit: %s", number, list(untold.values())[-1])
+    for _ in range(3 if number else 0):
+        if _log("error", "%d records were not delivered at exit: %s", number, list(untold.values())[-1]):
+            break
     for state in untold:
         state.told()
 
@@ -6589,8 +6608,10 @@ class _Stop:
 
     def _on_signal(self, number: int, _: "Any") -> None:
         self.asked += 1
-        if self._waking.locked():
+        try:
             self._waking.release()
+        except RuntimeError:  # it is open already, maybe by one more signal just now
+            pass
 
     def check(self) -> None:
         """Raise _Stopped where reading is to end."""
@@ -8406,7 +8427,10 @@ _DONE, _SOME_REJECTED, _NOT_DELIVERED, _WRONG_USAGE = 0, 1, 2, 64  # exit status
 
 def main(argv: "Optional[List[str]]" = None) -> int:
     """Run the command line with *argv* (None: that of the process) and return its exit status."""
+    kept: "Dict[int, Any]" = {}
     try:
+        if __name__ == "__main__":
+            kept = _calm_ctrl_c()
         parser = _parser()
         arguments, status = _parsed(parser, argv)
         if arguments is None:
@@ -8429,7 +8453,31 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     except BaseException as error:  # whatever it is, it is one sentence
         known = isinstance(error, (AnalysysPythonSdkException, OSError))
         _print_error("analysys" if known else "analysys: %s" % type(error).__name__, error)
+    finally:
+        _restore(kept)
     return _NOT_DELIVERED
+
+
+def _calm_ctrl_c() -> "Dict[int, Any]":
+    """Have Ctrl-C raise once a second at most: one that comes as main() tells of another would be a traceback.
+
+    Return the handler that it had.
+    """
+    import signal
+
+    not_before = 0.0
+
+    def interrupt(*_: "Any") -> None:
+        nonlocal not_before
+        if _CLOCK.now() >= not_before:
+            not_before = _CLOCK.now() + 1
+            raise KeyboardInterrupt
+
+    kept = signal.getsignal(signal.SIGINT)
+    if kept is not signal.default_int_handler:  # ignored, as a shell's background job has it
+        return {}
+    signal.signal(signal.SIGINT, interrupt)
+    return {signal.SIGINT: kept}
 
 
 def _parser() -> "Any":

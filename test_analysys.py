@@ -6545,6 +6545,29 @@ def test_wherever_a_signal_handler_raises_in_close_or_at_exit_each_record_left_i
     assert step > 100
 
 
+def test_of_threads_that_close_a_collecter_at_once_one_has_what_is_left():
+    def close():
+        try:
+            collecter.close(0)
+        except NetworkError as error:
+            told.extend(error.records)
+
+    def close_aside(*_):
+        other.start()
+        other.join(0.05)                               # it may wait for a lock that the step has
+    for step in range(1, 2000):
+        told, collecter, other = [], BatchCollecter(URL, NEVER, NEVER), threading.Thread(target=close, daemon=True)
+        for number in range(3):
+            collecter.uploadData(event("e%d" % number))
+        came = disturbed(close, step, close_aside)
+        if not came:
+            break
+        other.join(9)
+        balanced(collecter, accepted=3, rejected=3)
+        assert len(told) == 3, (step, told)
+    assert step > 50
+
+
 def test_an_on_error_that_raises_at_exit_is_not_called_again_and_the_log_is_told(exits_here):
     calls = []
     def on_error(*_):
@@ -6557,6 +6580,61 @@ def test_an_on_error_that_raises_at_exit_is_not_called_again_and_the_log_is_told
     assert calls == [1] and [entry.args[0] for entry in entries if "not delivered at exit" in entry.msg] == [1]
 
 
+@pytest.mark.parametrize("has_on_error", [False, True])
+def test_a_sys_exit_of_a_signal_handler_inside_a_logging_handler_at_exit_leaves_nothing_untold(has_on_error, exits_here):
+    def exit_once(*_):
+        calls.append(1)
+        if len(calls) <= 1 + has_on_error:
+            sys.exit(3)
+    calls = []
+    collecter = BatchCollecter(URL, NEVER, NEVER, on_error=exit_once if has_on_error else None)
+    collecter.uploadData(event("e"))
+    logger, handler = logging.getLogger("analysys"), logging.Handler()
+    handler.filter = lambda entry: "on_error raised" in entry.msg or "not delivered at exit" in entry.msg
+    handler.emit = exit_once
+    logger.addHandler(handler)
+    try:
+        with logged() as entries:
+            exits_here()
+    finally:
+        logger.removeHandler(handler)
+    assert len(calls) == 2 + has_on_error
+    assert {entry.args[0] for entry in entries if "not delivered at exit" in entry.msg} == {1}
+
+
+def test_a_log_that_signal_handlers_left_locked_is_written_by_this_thread_and_the_others(tmp_path, exits_here):
+    collecter = LogCollecter(str(tmp_path), True, 3)
+    state = collecter._state()
+    collecter.uploadData(event("a"))
+    state._lock.acquire()                              # as an exception in a `with` that is about to unlock it leaves it
+    with within(8):
+        collecter.flush()
+        thread = threading.Thread(target=lambda: [collecter.uploadData(event(xwhat)) for xwhat in "bcd"], daemon=True)
+        thread.start()
+        thread.join(8)
+    state._lock.acquire()
+    analysys._WRITES.log = state                       # and one more, where that is cleared
+    collecter.uploadData(event("e"))
+    with within(8):
+        exits_here()
+    assert lines_in(tmp_path) == ["a", "b", "c", "d", "e"]
+    balanced(collecter, delivered=5)
+
+
+def test_wherever_a_signal_handler_raises_as_a_failed_write_closes_its_file_nobody_is_kept_from_its_lock(tmp_path):
+    for step in range(1, 200):
+        path = str(tmp_path / str(step))
+        file, other = (analysys._SharedFile(path, 0o600, analysys._open_lines) for _ in range(2))
+        came = disturbed(lambda: file.append(b"a\n", interrupt), step, interrupt)
+        file.append(b"b\n", lambda: None, 0.0)
+        other.append(b"c\n", lambda: None, 0.0)
+        file.close()
+        other.close()
+        if not came:
+            break
+    assert step > 20
+
+
 @pytest.mark.parametrize("name", ["uploadData", "flush", "close"])
 def test_wherever_a_signal_handler_raises_in_a_call_to_a_log_exit_writes_what_waits(name, tmp_path, exits_here):
     for step in range(1, 2000):
@@ -6567,9 +6645,6 @@ def test_wherever_a_signal_handler_raises_in_a_call_to_a_log_exit_writes_what_wa
         for xwhat in "ab":
             collecter.uploadData(event(xwhat))
         came = disturbed(lambda: getattr(collecter, name)(*[event("c")] * (name == "uploadData")), step, interrupt)
-        if collecter._state().is_locked():             # in a `with` that was about to unlock it: not ours to mend
-            collecter._state()._lock.release()
-            continue
         exits_here()
         written = [one["xwhat"] for one in lines(folder)]
         assert written[:2] == ["a", "b"], (step, written)          # all of it again where it was not noted
@@ -8644,6 +8719,29 @@ def test_after_ten_signals_upload_has_delivered_each_event_once(tmp_path, name):
             assert shipped.out.endswith(", rejected 0, remaining %d\n" % left)
         assert left == 30 and ship(tmp_path, "--server", server.url).status == 0
         assert server.names == numbered("e", 60)
+
+
+def test_one_more_signal_inside_the_handler_of_a_stop_raises_nothing():
+    for step in range(1, 20):
+        stop = analysys._Stop()
+        came = disturbed(lambda: stop._on_signal(2, None), step, lambda: stop._on_signal(2, None))
+        stop.wait(float("inf"))                        # returns at once
+        if not came:
+            break
+    assert step > 3
+
+
+@posix_only
+def test_however_often_ctrl_c_comes_check_says_in_one_sentence_that_it_was_stopped():
+    for _ in range(3):
+        with FaultyServer(then=silent) as server:
+            command = [SOURCE, "check", "--server", server.url, "--app-id", "app"]
+            with launch(*command) as running:
+                wait_until(lambda: server.times)
+                while running.poll() is None:
+                    running.send_signal(signal.SIGINT)
+                done = ended(running)
+        assert done[::2] == (2, "analysys: it was stopped\n")
 
 
 @posix_only
