@@ -1506,7 +1506,7 @@ for _ in range(10 ** 5):
 
 NAMES = ["a", "Z", "$a", "a_", "a1", "A" * 99, "$" + "a" * 98, "$importFlag"]
 BAD_NAMES = ["", "$", "1a", "_a", "$1", "$_a", "$$a", "a$", "a-b", "a b", "a.b", " a", "a ", "a\n", "\na", "é", "aé",
-             "名字", "ａ", "a٣", "a\ud800", "a\0", "a" * 100, "$" + "a" * 99, None, 1, True, 1.5, b"a", ("a",)]
+             "名字", "ａ", "a٣", "\u017f", "\u212a", "a\ud800", "a\0", "a" * 100, "$" + "a" * 99, None, 1, True, 1.5, b"a", ("a",)]
 VALUES = [  # given, sent
     ("", ""), ("x" * 255, "x" * 255), ("\U0001f600" * 255, "\U0001f600" * 255), ("a\nb\0", "a\nb\0"),
     (Text("plain"), "plain"), (Colour.RED, "red"), (True, True), (False, False),
@@ -1685,6 +1685,7 @@ def test_there_are_100_super_properties_in_all_and_no_more():
     sdk = tracker_to()
     sdk.registerSuperProperties(many(60))
     refused(sdk, "registerSuperProperties", many(41, 60))
+    refused(sdk, "registerSuperProperties", dict(many(41, 60), P0=-1))          # nothing is replaced either
     sdk.registerSuperProperties(many(40, 60))
     sdk.registerSuperProperties({name.upper(): -1 for name in many(100)})       # replaces them: still 100
     assert sdk.getAllSuperProperties() == {name.upper(): -1 for name in many(100)}
@@ -1827,6 +1828,7 @@ def test_records_share_nothing_with_each_other_or_the_tracker():
     ("server_url", DefaultCollecter,
      [None, 5, b"http://127.0.0.1", "", "127.0.0.1:80", "ftp://127.0.0.1", "http://", "http://:80",
       "https://host:port",
+      "http://h:0", "http://h/?a=b", "http://h/#a", "http://h\xe9/", "http://user:pass@h/",
       "http://h:65536", "http://h:-1", "http://a b/", URL + "/\n", "http://[::1", "http://" + " " * 10 ** 6]),
     ("server_url", BatchCollecter, ["host", None]),
     ("request_timeout", lambda value: DefaultCollecter(URL, value), [0, -1, "10", float("nan")]),
@@ -1834,8 +1836,18 @@ def test_records_share_nothing_with_each_other_or_the_tracker():
     ("max_interval_time", lambda value: BatchCollecter(URL, value), [0, -1, "15", float("nan")]),
     ("queue_cache_max_size", lambda value: BatchCollecter(URL, 15, value), [0, -1, 1.0, "10", None]),
     ("collecter_max_size", lambda value: BatchCollecter(URL, 15, 10, value), [0, -1, 1.0, "100", None]),
-    ("queue_max_size", lambda value: BatchCollecter(URL, 15, 10, 100, value), [0, -1, 1.0, "1000", None]),
+    ("queue_max_size", lambda value: BatchCollecter(URL, 15, 10, 100, value), [0, -1, 1.0, "1000", None, True]),
+    ("queue_timeout", lambda value: BatchCollecter(URL, queue_timeout=value), [-1, -0.001, "10", float("nan"), True]),
+    ("spool_path", lambda value: BatchCollecter(URL, spool_path=value), ["", 5, "a\0b"]),
+    ("spool_max_bytes", lambda value: BatchCollecter(URL, spool_max_bytes=value), [0, -1, 1.0, "1", None]),
+    ("ssl_context", lambda value: BatchCollecter(URL, ssl_context=value), [True, "ca.pem", ssl.SSLContext]),
+    ("headers", lambda value: DefaultCollecter(URL, headers=value), [5, "a: b", {"a b": "c"}, {"a": 5}]),
+    ("on_error", lambda value: BatchCollecter(URL, on_error=value), [5, "log", []]),
+    ("on_error", lambda value: AnalysysPythonSdk(Sink(), value), [5, "log", []]),
+    ("log_path", LogCollecter, ["", 5, None, "a\0b"]),
+    ("is_batch", lambda value: LogCollecter("logs", value), [1, None, "yes"]),
     ("batch_num", lambda value: LogCollecter("logs", True, value), [0, -1, 2.5, "20", None]),
+    ("batch_num", lambda value: LogCollecter("logs", False, value), [0, None]),
     ("general_rule", lambda value: LogCollecter("logs", True, 20, value), ["", "week", None, 1, HUGE])])
 def test_a_bad_constructor_argument_is_named_and_refused(tmp_path, monkeypatch, named, make, values):
     monkeypatch.chdir(tmp_path)
@@ -1877,7 +1889,7 @@ def test_a_body_of_more_than_a_packet_is_compressed():
         assert len(server.requests[0].body) < len(json.dumps(server.records)) / 4
 
 
-@table("path, target", [("", "/up"), ("/", "/up"), ("/up", "/up"), ("/a/b", "/a/b/up"), ("/a/up", "/a/up"),
+@table("path, target", [("", "/up"), ("/", "/up"), ("/up", "/up"), ("/a/b", "/a/b/up"), ("/a/up", "/a/up"), ("/a/up/", "/a/up"),
                         ("/startup", "/startup/up")])
 def test_up_is_appended_unless_the_path_ends_in_it(path, target):
     with Server() as server:
@@ -1944,7 +1956,7 @@ def test_a_success_is_understood_in_every_form_that_servers_give_it(encoding, pa
 
 @table("encoding, body", [("gzip", gzip.compress(b" " * 65525 + OK)), ("deflate", deflate(b" " * 10 ** 7 + OK, -15)),
                           ("gzip", gzip.compress(OK)[:-9]), ("br", gzip.compress(OK)),
-                          (None, OK.decode().encode("utf-16"))])
+                          (None, OK.decode().encode("utf-16")), (None, b'{"code":true}')])
 def test_an_answer_that_is_not_understood_is_told_as_one_that_may_make_a_duplicate(encoding, body):
     error, _ = attempt(answer(200, body, *["Content-Encoding: " + encoding] if encoding else []))
     assert type(error) is NetworkError and "the server may have the data, and it may come twice" in str(error)
@@ -2033,7 +2045,8 @@ def resolves_to(monkeypatch, *addresses):
 
 
 @table("scheme", ["http", "https"])
-@table("host", ["127.0.0.1", "localhost", "127.1", "LOCALHOST.", "a.localhost", "[::1]", "[0:0::1]"])
+@table("host", ["127.0.0.1", "localhost", "127.1", "LOCALHOST.", "a.localhost", "[::1]", "[0:0::1]",
+                "[::ffff:127.0.0.1]"])
 def test_this_machine_is_never_reached_through_a_proxy(monkeypatch, scheme, host):
     with Server(certificate=CERTIFICATE if scheme == "https" else None) as server, Proxy() as proxy:
         monkeypatch.setenv(scheme + "_proxy", proxy.url)
@@ -2501,7 +2514,8 @@ def mishap(url, **options):
     (answer(200, OK.decode().encode("utf-16")), TWICE),
     (answer(301, b"", "Location: https://user:secret@ark.invalid/up"),
      "a redirect to https://ark.invalid/up is not foll"),
-    (answer(401, b""), "does it want credentials, as headers=?"),
+    (answer(300, b"", "Location: /new"), "a redirect to /new is not followed"),
+    (answer(401, b""), "does it want credentials, as headers=?"), (answer(405, b""), "it takes no POST"),
     (answer(400, b"Client sent an HTTP request to an HTTPS server."), TO_HTTPS),
     (b"\x15\x03\x01\x00\x02\x02F", TO_HTTPS),
     (answer(200, b'{"code":400,"msg":"\\u202eabc"}'), "refused for good"), (answer(503, b"busy"), "HTTP 503, busy")])
@@ -2913,7 +2927,7 @@ def test_a_relative_path_where_the_current_directory_is_gone_is_refused_by_its_n
 def test_new_log_files_are_0640_less_the_umask(tmp_path):
     before = os.umask(0)
     try:
-        for umask, name in (0o007, "a"), (0o077, "b"):
+        for umask, name in (0, "a"), (0o077, "b"):
             os.umask(umask)
             LogCollecter(str(tmp_path / name)).uploadData(event("a"))
     finally:
@@ -2957,6 +2971,12 @@ def test_of_a_record_that_is_too_large_for_rejected_log_the_beginning_is_there(t
     assert [(entry["record"], entry["length"]) for entry in rejected_in(tmp_path)] == [("x" * 4096, 9000)]
 
 
+def test_rejected_log_is_renamed_at_16_mib(tmp_path):
+    line = analysys._Line(b'"%s"' % (b"x" * (1 << 20)), "file", 1, 0, 0, 0, None)
+    analysys._RejectedLog(str(tmp_path / "rejected.log")).add([(line, "refused")] * 16, False)
+    assert 15 << 20 < (tmp_path / "rejected.log.1").stat().st_size <= 16 << 20
+
+
 def test_a_line_that_was_cut_after_its_writers_own_last_write_is_ended_before_the_next(tmp_path):
     collecter = LogCollecter(str(tmp_path))
     collecter._state().clock = lambda: 1532514947.857
@@ -2992,6 +3012,7 @@ def test_a_lock_that_a_stranger_holds_costs_10_seconds_once_and_then_next_to_not
     with open(str(path)) as stranger:
         fcntl.flock(stranger, fcntl.LOCK_EX)
         for _ in range(3):
+            clock.moment += 1
             began = clock.moment
             with pytest.raises(FileError, match="another process has held its lock") as error:
                 collecter.uploadData(event("refused"))
@@ -3371,6 +3392,39 @@ def test_files_roll_are_numbered_and_go_once_they_are_delivered(tmp_path):
         collecter.flush(20)
         assert server.names == numbered("e", 100)
         assert [path for path in paths if path.exists()] == paths[-1:]
+
+
+@posix_only
+def test_files_roll_at_16_mib_and_where_the_directory_is_made_it_is_0700(tmp_path):
+    before, folder = os.umask(0), tmp_path / "spool"
+    try:
+        with FaultyServer(listening=False) as server, spooling(server, folder) as collecter:
+            for _ in range(16):
+                collecter.uploadData(dict(event("large"), text="x" * (1 << 20)))
+            sizes = [path.stat().st_size for path in sorted(folder.glob("*.log"))]
+            assert len(sizes) == 2 and 15 << 20 < sizes[0] <= 16 << 20
+            modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+            assert (modes, stat.S_IMODE(folder.stat().st_mode)) == ({0o600}, 0o700)
+    finally:
+        os.umask(before)
+
+
+def test_leftovers_are_looked_for_at_start_and_then_every_5_seconds(tmp_path, monkeypatch):
+    class Clock:
+        moment = 0.0
+
+        def now(self):
+            return self.moment
+    clock = Clock()
+    monkeypatch.setattr(analysys, "_CLOCK", clock)
+    queue = analysys._Spool(str(tmp_path), 1 << 30, 10, NEVER)
+    with contextlib.closing(queue):
+        for moment, is_found in (0.0, False), (4.9, False), (6.0, True):   # once a second it asks
+            clock.moment = moment
+            assert (queue.due_at() <= moment) is is_found
+            if moment == 0.0:
+                leave(tmp_path, "left")
+        assert [json.loads(line.text.decode())["xwhat"] for line in queue.take(9)] == ["left"]
 
 
 def test_beyond_spool_max_bytes_a_call_raises_like_a_full_queue_until_there_is_room(tmp_path):
@@ -4199,6 +4253,8 @@ def test_files_of_another_user_are_set_aside_and_a_directory_of_another_user_is_
         collecter.flush(10)
         assert server.names == ["left", "own"]
         assert len([entry for entry in entries if "another user" in entry.getMessage()]) == 1
+        with spooling(server, tmp_path):
+            pass
         assert len([entry for entry in entries if "everybody may write" in entry.getMessage()]) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "their link").symlink_to("mine")
@@ -4576,6 +4632,16 @@ def test_flush_cuts_back_offs_short_at_most_once_a_second_for_all_callers(monkey
         assert len(server.requests) <= 2 + (time.monotonic() - start) / 0.1
 
 
+def test_a_back_off_is_not_cut_short_twice_within_a_second(monkeypatch):
+    clock, outage, moments = FakeClock(monkeypatch), analysys._Outage(), []
+    for moment in 100.0, 100.9, 101.1, 101.9:
+        clock.now = lambda: moment
+        outage.failed("HTTP 500")
+        outage.cut()
+        moments += [moment] if not outage.not_before else []
+    assert moments == [100.0, 101.1]
+
+
 def test_flush_cuts_a_back_off_short_that_begins_while_it_waits(monkeypatch, skipping):
     for name in "_FIRST_BACKOFF", "_LAST_BACKOFF":
         monkeypatch.setattr(analysys, name, 1000.0)
@@ -4864,7 +4930,11 @@ def test_in_an_outage_nothing_is_given_up_and_the_order_is_kept_when_it_is_over(
 
 
 def test_a_record_on_which_the_server_chokes_waits_while_it_is_alone_and_steps_aside_for_what_comes(skipping):
-    with FaultyServer(then=choking_on(["bad"])) as server:
+    def reply(server, request):
+        late.extend(server.names[:1])
+        return answer(500)
+    late = []
+    with FaultyServer(then=choking_on(["bad"], reply)) as server:
         with contextlib.closing(BatchCollecter(server.url, NEVER, 1, request_timeout=NEVER)) as collecter:
             collecter.uploadData(record("user", "bad"))
             wait_until(lambda: len(server.requests) > 20)
@@ -4873,6 +4943,7 @@ def test_a_record_on_which_the_server_chokes_waits_while_it_is_alone_and_steps_a
                 collecter.uploadData(record("user", name))
             collecter.flush(None)
             assert server.names == ["a", "b"]
+            assert len(late) == 4                      # with the last one before these got through: five
             balanced(collecter, delivered=2, rejected=1)
 
 
@@ -4944,6 +5015,7 @@ def test_an_outage_is_warned_of_at_once_and_then_once_a_minute(skipping):
         for _ in range(150):
             outage.failed("HTTP 500")
             outage.warn(ledger)
+            assert log                                 # of the first failure
             skipping.advance(1)
     assert len(log) == 3 and log[0].getMessage().startswith("analysys: 3 records wait, the server has been failing")
     assert log[0].getMessage().endswith(", trying again")
@@ -5970,8 +6042,8 @@ def test_a_look_and_a_large_record_inside_any_step_of_a_queue_neither_hang_nor_s
 
 def test_queue_timeout_bounds_the_wait_for_room_and_0_never_waits(skipping):
     with FaultyServer(then=silent) as server:
-        for seconds in 0, 7:
-            collecter = BatchCollecter(server.url, NEVER, 1, 1, 1, queue_timeout=seconds, request_timeout=NEVER)
+        for given, request_timeout, seconds in (0, NEVER, 0), (7, NEVER, 7), (None, 7, 7):
+            collecter = BatchCollecter(server.url, NEVER, 1, 1, 1, request_timeout, queue_timeout=given)
             collecter.uploadData(record("user", "a"))
             before = skipping.now()
             with pytest.raises(NetworkError, match="queue is full") as error:
@@ -5979,9 +6051,6 @@ def test_queue_timeout_bounds_the_wait_for_room_and_0_never_waits(skipping):
             assert seconds <= skipping.now() - before < seconds + 6 and error.value.records == [record("user", "b")]
             with pytest.raises(NetworkError):
                 collecter.close(0)
-    for bad in -1, "1", float("nan"), True:
-        with pytest.raises(IllegalData, match="queue_timeout"):
-            BatchCollecter("http://127.0.0.1:1", queue_timeout=bad)
 
 
 def test_in_a_running_event_loop_a_call_never_waits_and_names_the_ways_out():
