@@ -1140,6 +1140,23 @@ def test_debug_mode_logs_each_record_and_each_answer_and_mode_0_nothing(caplog):
         assert [one["xcontext"]["$debug"] for one in server.records] == [0, 1, 2]
 
 
+def test_debug_mode_is_seen_on_stderr_where_no_logging_is_configured():
+    run("""
+        import io
+        def shown():
+            sys.stderr = io.StringIO()
+            tracker.track("user", "Seen")
+            return sys.stderr.getvalue()
+        tracker = AnalysysPythonSdk(type("Sink", (), dict.fromkeys(["uploadData", "flush", "close"], print))())
+        tracker.setAppId("app")
+        assert shown() == ""
+        tracker.setDebugMode(1)
+        assert '"Seen"' in shown()
+        logging.getLogger().addHandler(logging.NullHandler())
+        assert shown() == ""
+    """)
+
+
 @table("change", [lambda sdk: sdk.setAppId("other"), lambda sdk: sdk.setDebugMode(2),
                   lambda sdk: sdk.registerSuperProperties({"a": 1}), lambda sdk: sdk.unregisterSuperProperty("gone")])
 def test_what_two_threads_change_in_a_tracker_at_once_is_changed_by_both(change):
@@ -2291,6 +2308,20 @@ def test_request_timeout_bounds_a_request_to_a_server_that_reads_slowly(certific
             verdict = transport.ask(bytes(UNBUFFERED), 0.3)
         done.set()
         assert verdict.kind == analysys._RETRY and "request_timeout" in verdict.reason
+
+
+def test_a_request_takes_10_seconds_at_most_where_request_timeout_says_nothing(monkeypatch):
+    class Watched(socket.socket):
+        def settimeout(self, seconds):
+            if threading.current_thread() is threading.main_thread():
+                seen.append(seconds)
+            super().settimeout(seconds)
+    seen = []
+    with Server() as server:
+        monkeypatch.setattr(socket, "socket", Watched)
+        DefaultCollecter(server.url).uploadData(record("u", "Event"))
+        monkeypatch.undo()
+    assert 5 < max(seen) <= 10                         # what was left of it
 
 
 def test_a_hosts_first_address_does_not_use_up_the_whole_deadline(monkeypatch):
@@ -6053,15 +6084,18 @@ def test_queue_timeout_bounds_the_wait_for_room_and_0_never_waits(skipping):
                 collecter.close(0)
 
 
-def test_in_a_running_event_loop_a_call_never_waits_and_names_the_ways_out():
+@table("given, seconds, ways", [(None, 0, "spool_path.*queue_max_size.*queue_timeout"), (7, 7, "queue is full")])
+def test_in_a_running_event_loop_a_call_never_waits_unless_told_to_and_names_the_ways_out(skipping, given, seconds, ways):
     import asyncio
     with FaultyServer(then=silent) as server:
-        collecter = BatchCollecter(server.url, NEVER, 1, 1, 1, request_timeout=60)
+        collecter = BatchCollecter(server.url, NEVER, 1, 1, 1, request_timeout=60, queue_timeout=given)
 
         async def main():
             collecter.uploadData(record("user", "a"))
-            with within(20), pytest.raises(NetworkError, match="spool_path.*queue_max_size.*queue_timeout"):
+            before = skipping.now()
+            with pytest.raises(NetworkError, match=ways):
                 collecter.uploadData(record("user", "b"))
+            assert seconds <= skipping.now() - before < seconds + 20
         loop = asyncio.new_event_loop()
         loop.run_until_complete(main())
         loop.close()
@@ -6142,6 +6176,24 @@ def test_a_pickled_tracker_works_and_starts_empty_and_a_closed_one_stays_closed(
         for closed in pickle.loads(pickle.dumps(tracker)), tracker_to(pickle.loads(pickle.dumps(collecter))):
             with pytest.raises(analysys.AnalysysPythonSdkException):
                 track(closed, "late")
+
+
+def test_pickles_carry_on_error_and_debug_mode_and_refuse_an_ssl_context(capsys):
+    tracker = tracker_to(on_error=print)
+    tracker.setDebugMode(2)
+    copy = pickle.loads(pickle.dumps(tracker))
+    track(copy, "a")
+    assert copy.sink.records[-1]["xcontext"]["$debug"] == 2
+    copy.track("", "bad")
+    assert "distinct_id" in capsys.readouterr().out
+    with FaultyServer(then=answer(200, code(400))) as server:
+        collecter = pickle.loads(pickle.dumps(BatchCollecter(server.url, on_error=print)))
+        collecter.uploadData(record("user", "refused"))
+        collecter.close()
+        assert "refused for good" in capsys.readouterr().out
+    for kind in DefaultCollecter, BatchCollecter:
+        with pytest.raises(TypeError, match="make it in the worker"):
+            pickle.dumps(kind(URL, ssl_context=ssl.create_default_context()))
 
 
 def test_a_hundred_collecters_made_used_and_dropped_leave_nothing_behind(tmp_path):
@@ -7611,7 +7663,7 @@ def test_failures_to_come_come_in_the_order_in_which_they_were_asked_for():
         assert [post(server.url, ONE)[1]["code"] for _ in "12345"] == [500, 503, 503, 401, 200]
 
 
-@table("arguments", [(0,), (-1,), ("1",), (1, 99), (1, 600), (1, "500"), (1, 500, "400"), (True,), (1, None)])
+@table("arguments", [(0,), (-1,), ("1",), (1, 199), (1, 600), (1, "500"), (1, 500, "400"), (True,), (1, None)])
 def test_fail_next_refuses_what_no_server_could_do(arguments):
     with analysys.Receiver() as server, pytest.raises(IllegalData):
         server.fail_next(*arguments)
@@ -7650,7 +7702,8 @@ def test_pages_of_another_origin_may_not_post(headers):
     with analysys.Receiver() as server:
         sent = {"Host": HOST, **headers, "Content-Length": str(len(ONE))}
         lines = ["%s: %s" % header for header in sent.items()]
-        assert status_of(exchange(server.url, request_of(ONE, *lines))) == 403
+        told = exchange(server.url, request_of(ONE, *lines))
+        assert status_of(told) == 403 and b"--cors" in told
         assert server.records == []
 
 
@@ -7692,6 +7745,14 @@ def test_no_arguments_print_the_help_with_or_without_docstrings():
     plain, stripped = python("-m", "analysys"), python("-I", "-S", "-OO", SOURCE)
     assert (plain.status, plain.err) == (stripped.status, stripped.err) == (0, "")
     assert "demo" in plain.out and plain.out == stripped.out
+
+
+@table("arguments, defaults", [
+    (["serve"], {"host": "127.0.0.1", "port": 4089}), (["upload", "a"], {"batch": 20000, "request_timeout": 10}),
+    (["check", "--server", "a", "--app-id", "b"], {"request_timeout": 10})])
+def test_options_have_the_defaults_that_the_readme_tells(arguments, defaults):
+    given = vars(analysys._parser().parse_args(arguments))
+    assert {name: given[name] for name in defaults} == defaults
 
 
 def test_version_tells_the_version_the_files_sha_256_and_the_python(capsys):
@@ -7819,16 +7880,32 @@ def test_the_inventory_counts_events_properties_types_and_conflicts_of_what_was_
         assert (found["accepted"], found["refused"], found["cut"]) == (2, 1, False)
 
 
+def test_an_inventory_has_first_values_shortened_an_alias_among_events_and_no_properties_of_the_platform_or_unset():
+    with site() as server:
+        post(server.url, encode([
+            record("u", "$alias", {"$original_id": "d", "n": 1}), record("u", "A", {"n": "first" + "x" * 250}),
+            record("u", "A", {"n": "second", "$importFlag": 1}), record("u", "$profile_set", {"n": True}),
+            record("u", "$profile_unset", {"n": ""})]))
+        found = json.loads(ask(server.url, "/api/inventory")[2].decode())
+        example = found["events"]["A"]["properties"]["n"]["example"]
+        assert example.startswith("firstx") and len(example) < 100
+        assert {name: list(event["properties"]) for name, event in found["events"].items()} == {
+            "$alias": ["n"], "A": ["n"], "$profile_set": ["n"], "$profile_unset": []}
+        assert [(one["kind"], one["types"]) for one in found["conflicts"]] == [("event", {"number": 1, "string": 2})]
+
+
 def test_delete_forgets_events_inventory_and_failures_and_the_number_still_grows():
     with site() as server:
-        post(server.url, ONE)
-        before = seen(server.url)[0]["n"]
+        post(server.url, encode([record("u", "Old")]))
+        post(server.url, encode([{}]))
+        before = seen(server.url)[-1]["n"]
         assert ask(server.url, "/api/fail", "POST", b'{"number":3,"status":503,"code":null}')[0] == 204
         assert post(server.url, ONE)[0] == 503
         status, head, body = ask(server.url, "/api/events", "DELETE")
         assert (status, body) == (204, b"") and "Content-Length" not in head
         assert seen(server.url) == [] and post(server.url, ONE)[0] == 200
-        assert json.loads(ask(server.url, "/api/inventory")[2].decode())["accepted"] == 1
+        found = json.loads(ask(server.url, "/api/inventory")[2].decode())
+        assert (found["accepted"], found["refused"]) == (1, 0) and "Old" not in found["events"]
         assert seen(server.url)[0]["n"] > before
 
 
@@ -7981,7 +8058,8 @@ def test_a_host_that_is_no_name_admits_nobody():
 
 
 @table("options, word", [
-    (["--cors", "*"], "--cors"), (["--cors", "http://a/b"], "--cors"), (["--spool-path", "x"], "--spool-path"),
+    (["--cors", "*"], "--cors"), (["--cors", "http://a/b"], "--cors"), (["--cors", "http://*.a"], "--cors"),
+    (["--spool-path", "x"], "--spool-path"),
     (["--forward", "http://127.0.0.1:1"], "--spool-path"), (["--port", "65536"], "--port"), (["--port", "-1"], "--port"),
     (["--tls", "nowhere.pem", "nowhere.key"], "nowhere.pem"), (["--tls", SOURCE, SOURCE], "--tls"),
     (["--forward", "ftp://x", "--spool-path", "x"], "ftp://x"), (["--log-path", ""], "--log-path"),
