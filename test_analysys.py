@@ -8465,6 +8465,16 @@ def test_a_silent_server_costs_each_step_its_time_and_no_more():
         assert states(found, "connect", "clock", "event") == ["OK", "SKIP", "FAIL"]
 
 
+def test_a_step_of_check_that_does_not_end_is_left_behind(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: ended.wait(60))
+    with within(40):
+        found = checked("http://ark.invalid", "--request-timeout", "0.1", expected=2)
+    ended.set()
+    assert states(found, "resolve", "connect", "event") == ["FAIL", "SKIP", "SKIP"]
+    assert "0.1 s" in found["resolve"]["seen"]
+
+
 @table("off, state", [(0, "OK"), (-30, "OK"), (90, "WARN"), (-90, "WARN"), (None, "OK"), ("nonsense", "OK")])
 def test_a_clock_that_is_a_minute_off_is_a_warning(off, state):
     date = [] if off is None else ["Date: " + (off if off == "nonsense" else email.utils.formatdate(time.time() + off))]
@@ -8595,6 +8605,7 @@ def test_check_counts_what_waits_in_the_directories_and_makes_nothing(tmp_path):
     (lambda path: path.mkdir() or (path / "rejected.log").write_text("x\n"), "WARN"),
     (lambda path: path.mkdir() or (path / "rejected.log").symlink_to("elsewhere"), "FAIL"),
     (lambda path: path.mkdir() or (path / "upload.checkpoint").symlink_to("elsewhere"), "FAIL"),
+    (lambda path: path.mkdir() or (path / "a").write_text("a") and os.link(str(path / "a"), str(path / "rejected.log")), "FAIL"),
     (lambda path: path.mkdir() or os.mkfifo(str(path / "datas_2018072510.log")), "FAIL")])
 def test_check_finds_what_is_in_the_way_in_a_directory(make, state, tmp_path):
     path = tmp_path / "logs"
