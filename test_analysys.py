@@ -7734,11 +7734,17 @@ def test_demo_shows_all_records_three_times_from_a_folder_that_holds_the_file_al
             assert len(re.findall(r"(?<!\w)" + re.escape(xwhat) + r"\b", done.out)) >= 3
         for word in "time", "who", "what", "platform", "login", "properties", "sent", "received":
             assert word in done.out.lower()
-        assert "ABCD123456" in done.out and "zhangsan" in done.out and "JS" in done.out
+        assert "ABCD123456" in done.out and "zhangsan" in done.out and "JS" in done.out and "\nnext: " in done.out
     shutil.copy(SOURCE, str(tmp_path))
     all_at_once(demo, [([], {}), (["-I", "-S", "-OO"], {"LC_ALL": "C"}), ([], {"PYTHONIOENCODING": "ascii"}),
                        ([], {"http_proxy": URL})])
     assert os.listdir(str(tmp_path)) == ["analysys.py"]
+
+
+def test_a_demo_of_which_a_record_does_not_arrive_says_so_and_is_2(monkeypatch, capsys):
+    monkeypatch.setattr(DefaultCollecter, "stats", lambda self: {"accepted": 7})
+    assert analysys.main(["demo"]) == 2
+    assert re.search("(✗|NO) DefaultCollecter +7 sent, 6 received", capsys.readouterr().out)
 
 
 def test_no_arguments_print_the_help_with_or_without_docstrings():
@@ -7773,6 +7779,31 @@ def test_wrong_usage_ends_with_64_and_one_sentence(capsys, arguments):
 def test_a_value_that_breaks_a_rule_is_told_the_rule(capsys, option, value, rule):
     assert analysys.main(["serve", option, value]) == 64
     assert capsys.readouterr().err == "analysys serve: error: argument %s: it must be %s, not '%s'\n" % (option, rule, value)
+
+
+@table("error", [MemoryError(), KeyError("key"), BaseException("any"), SystemExit(1)])
+def test_whatever_goes_wrong_is_one_sentence_and_2(capsys, monkeypatch, error):
+    def fail(arguments):
+        raise error
+    monkeypatch.setattr(analysys, "_demo", fail)
+    assert analysys.main(["demo"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and type(error).__name__ in printed.err
+
+
+@posix_only
+@table("environment, is_terminal, expected", [
+    ({"TERM": "xterm"}, True, True), ({"TERM": "xterm"}, False, False), ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+    ({"TERM": "dumb"}, True, False)])
+def test_colours_are_for_a_terminal_and_no_color_is_kept(monkeypatch, environment, is_terminal, expected):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    line = analysys._event_text(None, "refused", 80)
+    monkeypatch.undo()
+    assert ("\x1b" in line) is expected
 
 
 def test_ctrl_c_is_one_sentence_however_early_it_comes(capsys):
@@ -9660,6 +9691,7 @@ def test_usage_is_explained(tmp_path):
     path = log_file(tmp_path / "datas_1.log", "a")
     for arguments, words in (
             ((path,), "--server"), ((path, "--server", "http://h", "--ca", "nope.pem"), "nope.pem"),
+            ((path, "--server", "http://h", "--checkpoint", ""), "--checkpoint"),
             (("-", "--server", "http://h", "--follow"), "followed")):
         shipped = ship(*arguments)
         assert (shipped.status, shipped.err.count("\n")) == (64, 1) and words in shipped.err
