@@ -8833,20 +8833,20 @@ def test_after_ten_signals_upload_has_delivered_each_event_once(tmp_path, name):
 
 
 @posix_only
-def test_a_process_that_gets_a_signal_ends_its_request_and_says_what_remains(tmp_path):
+@table("options, status, said", [([], 2, "analysys: not all is delivered: it was stopped\n"), (["--follow"], 0, "")])
+def test_a_process_that_gets_a_signal_ends_its_request_and_says_what_remains(tmp_path, options, status, said):
     log_file(tmp_path / "datas_2018072510.log", *numbered("e", 30))
     gate = threading.Event()
 
     def slow(server, request):
         return gate.wait(20) and accept(server, request)
     with FaultyServer(accept, slow) as server:
-        with shipper(tmp_path, "--server", server.url, "--batch", "10") as started:
+        with shipper(tmp_path, "--server", server.url, "--batch", "10", *options) as started:
             wait_until(lambda: len(server.requests) == 2)
             started.send_signal(signal.SIGTERM)
             started.send_signal(signal.SIGTERM)
             gate.set()
-            assert ended(started) == (2, "delivered 20, rejected 0, remaining 10\n",
-                                      "analysys: not all is delivered: it was stopped\n")
+            assert ended(started) == (status, "delivered 20, rejected 0, remaining 10\n", said)
 
 
 @posix_only
@@ -9391,6 +9391,53 @@ def test_dry_run_sends_and_writes_nothing_and_tells_the_errors_with_the_first_of
     assert told["conflicts"] == [{"kind": "event", "property": "price", "types": {"number": 2, "string": 1},
                                   "spellings": ["Price", "price"]}]
     assert sorted(path.name for path in tmp_path.iterdir()) == [first.name, second.name]
+
+
+BAD_RECORDS = [
+    dict(appid=""), dict(appid="a" * 256), dict(xwho=""), dict(xwho="a" * 255), dict(xwhen=WHEN // 10), dict(xwhen=10 ** 13),
+    dict(text="x" * 256), dict(number=2 ** 63), dict(number=-2 ** 63 - 1), dict(names=["x"] * 101),
+    dict(names=["x" * 256]), dict(names=[1])]
+
+
+def test_a_dry_run_checks_the_values_of_each_record_also_where_another_one_like_it_was_good(tmp_path):
+    good = dict(event("Event", number=1, names=["x"]))
+    good["xcontext"]["text"] = "x"
+    lines = [good]
+    for change in BAD_RECORDS:
+        one = copy.deepcopy(good)
+        for name, value in change.items():
+            (one if name in one else one["xcontext"])[name] = value
+        lines += [one, good]
+    alias = event("$alias")
+    alias["xcontext"]["$original_id"] = "d"
+    lines += [alias, copy.deepcopy(alias), dict(good, xcontext=dict(good["xcontext"], **{"$debug": 3}))]
+    lines[-2]["xcontext"]["$original_id"] = ""
+    path = tmp_path / "datas_1.log"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = json.loads(ship(path, "--dry-run", "--json").out)
+    assert (found["lines"], found["refused"]) == (len(lines), len(BAD_RECORDS) + 2)
+
+
+def test_a_dry_run_is_1_for_conflicts_alone_and_2_where_a_file_cannot_be_read(tmp_path):
+    lines = [event("A", n=1), event("B", n="x")]
+    (tmp_path / "datas_1.log").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ship(tmp_path, "--dry-run").status == 1
+    (tmp_path / "datas_2.log").mkdir()
+    for options in [], ["--json"]:
+        shipped = ship(tmp_path, "--dry-run", *options)
+        assert shipped.status == 2 and "datas_2.log" in shipped.err
+
+
+def test_our_own_files_are_never_read_whatever_the_pattern_hands_over(tmp_path):
+    log_file(tmp_path / "datas_1.log", "a")
+    for name in "rejected.log.1", "rejected.log.2", "upload.checkpoint", "upload.checkpoint.lock":
+        log_file(tmp_path / name, "own")
+    with FaultyServer() as server:
+        for _ in range(2):
+            paths = sorted(tmp_path.iterdir())
+            shipped = ship(*paths, "--server", server.url, "--checkpoint", tmp_path / "mark")
+            assert (shipped.status, shipped.err.count("our own")) == (0, len(paths) - 1)
+        assert server.names == ["a"]
 
 
 @pytest.mark.parametrize("most", [analysys._MAX_HOLES, 20])
