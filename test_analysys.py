@@ -3118,6 +3118,11 @@ def test_marks_nuls_and_every_kind_of_line_end_are_no_damage(tmp_path, monkeypat
     assert [(item.text.strip(), item.number) for item in again] == [(b'{"a":1}', 1), (b'{"c":1}', 7)]
 
 
+def test_a_line_of_more_than_40_mib_is_damage():
+    reasons = [analysys._damage(b"{}", (40 << 20) + more) for more in (0, 1)]
+    assert ["40 MiB" in reason for reason in reasons] == [False, True]
+
+
 @pytest.mark.parametrize("damaged", [
     b'{"b":[1\n2]},{"c":1}\n', b'{"b":[1\n2]}\n{"c":1},{"d":1}\n', b'{"b":[1\n2]},"mark",{"c":1}\n', b"null\n1\n"])
 def test_lines_are_damaged_each_for_itself_also_where_one_begins_what_another_one_ends(tmp_path, damaged):
@@ -9554,6 +9559,17 @@ def test_a_terminal_gets_a_progress_line_and_a_file_does_not(tmp_path):
             assert ended(started) == (0, "delivered 10, rejected 0, remaining 0\n", "")
 
 
+def test_what_is_no_terminal_gets_no_progress_however_long_it_takes(tmp_path, monkeypatch):
+    def slow(server, request):
+        clock.advance(100)
+        return accept(server, request)
+    log_file(tmp_path / "datas_2018072510.log", *numbered("e", 20))
+    with FaultyServer(then=slow) as server:
+        clock = FakeClock(monkeypatch)
+        shipped = ship(tmp_path, "--server", server.url, "--batch", "10", "--request-timeout", "1000")
+        assert shipped == (0, "delivered 20, rejected 0, remaining 0\n", "")
+
+
 @linux_only
 def test_a_file_larger_than_the_memory_it_may_take_is_delivered(tmp_path):
     line = json.dumps(event("e", filler="x" * 5000)) + "\n"
@@ -9739,6 +9755,7 @@ def test_usage_is_explained(tmp_path):
     for arguments, words in (
             ((path,), "--server"), ((path, "--server", "http://h", "--ca", "nope.pem"), "nope.pem"),
             ((path, "--server", "http://h", "--checkpoint", ""), "--checkpoint"),
+            ((path, "--server", "http://h", "--header", "none"), "--header"),
             (("-", "--server", "http://h", "--follow"), "followed")):
         shipped = ship(*arguments)
         assert (shipped.status, shipped.err.count("\n")) == (64, 1) and words in shipped.err
