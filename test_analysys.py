@@ -2572,6 +2572,15 @@ def test_a_message_about_a_connection_names_the_address_and_what_to_try(monkeypa
     assert "is the host's name right" in mishap("http://nowhere.invalid")
 
 
+@table("error, said", [
+    (OSError("Tunnel connection failed: 403 Forbidden"), "no_proxy=HOST goes around the proxy"),
+    (OSError("Tunnel connection failed: 407 Unknown"), "http://user:password@host:port"),
+    (OSError(errno.ENETUNREACH, "Network is unreachable"), "is this machine connected"),
+    (ssl.SSLError(1, "certificate verify failed: certificate has expired"), "this machine's clock is wrong")])
+def test_a_message_about_what_no_test_can_bring_about_says_what_to_try(error, said):
+    assert said in analysys._failure(error).reason
+
+
 def test_an_https_address_whose_port_answers_in_plain_http_is_told_so():
     class Plain(Server):
         def serve(self, connection, stream):
@@ -5163,9 +5172,9 @@ def test_close_delivers_may_be_repeated_and_ends_tracking(tmp_path, kind):
             sdk.track("u", "Event", {"name": "跑步机"})
         assert server.records + lines(tmp_path / "made" / "for it") == [record("u", "Event", {"name": "跑步机"})]
         sdk.close()
-        with pytest.raises(analysys.AnalysysPythonSdkException):
+        with pytest.raises(analysys.AnalysysPythonSdkException) as error:
             sdk.track("u", "Event")
-        assert balanced(sdk.sink)["delivered"] == 1
+        assert error.type is analysys.AnalysysPythonSdkException and balanced(sdk.sink)["delivered"] == 1
 
 
 def test_a_collecter_whose_close_failed_is_closed_and_so_are_its_copies():
@@ -6480,6 +6489,20 @@ def no_threads(monkeypatch):
     monkeypatch.setitem(sys.modules, "uwsgi", types.SimpleNamespace(worker_id=lambda: 1, has_threads=0))
 
 
+def test_uwsgi_that_runs_no_threads_is_warned_of_once_and_its_master_starts_none(no_threads):
+    analysys._warn_of_uwsgi.cache_clear()
+    with FaultyServer() as server, logged() as entries:
+        for _ in range(2):
+            with batch(server) as (_, tracker):
+                track(tracker, "a")
+        sys.modules["uwsgi"] = types.SimpleNamespace(worker_id=lambda: 0, mule_id=lambda: 0, has_threads=1)
+        with batch(server) as (collecter, tracker):
+            track(tracker, "b")
+            assert collecter._state()._thread is None
+        assert server.names == ["a", "a", "b"]
+    assert ["enable-threads = true" in entry.getMessage() for entry in entries] == [True]
+
+
 def test_where_no_thread_runs_a_call_sends_all_that_waits_and_close_closes_the_connections(no_threads, monkeypatch):
     clock = FakeClock(monkeypatch)
     with FaultyServer(then_fail) as server:
@@ -7393,7 +7416,8 @@ BAD_RECORDS = [changed(change) for change in [
     {"a": ["x"] * 101}, {"a-b": 1}, {"1a": 1}, {"x" * 100: 1}, {"a": 1, "A": 1}, {"$platform": 1}, {"$is_login": 1},
     {"$debug": 3}, {"$debug": "1"}]]
 BAD_RECORDS += [changed({"a": "1"}, "$profile_increment"), changed({"a": 1}, "$profile_append"),
-                changed({"$original_id": ""}, "$alias"), "record", None, []]
+                changed({"$original_id": ""}, "$alias"), changed({}, "$alias"), changed({"$lib": 1}), changed({"$lib_version": 1}),
+                changed(many(201)), "record", None, []]
 
 
 @table("encoded", [False, True])
@@ -9028,10 +9052,35 @@ def test_a_checkpoint_that_cannot_be_used_is_an_error_in_one_sentence_and_nothin
     path = log_file(tmp_path / "datas_2018072510.log", "a")
     (tmp_path / "broken").write_text("{")
     with FaultyServer() as server:
-        for checkpoint in tmp_path, tmp_path / "broken", path / "point":
+        (tmp_path / "link").symlink_to("nowhere")
+        for checkpoint in tmp_path, tmp_path / "broken", path / "point", tmp_path / "link":
             shipped = ship(path, "--server", server.url, "--checkpoint", checkpoint)
             assert (shipped.status, shipped.err.count("\n")) == (2, 1) and "--checkpoint" in shipped.err
-        assert server.requests == []
+        assert server.requests == [] and not (tmp_path / "nowhere").exists()
+
+
+def test_a_checkpoint_is_fsynced_once_a_second(tmp_path, monkeypatch):
+    clock, synced, counts = FakeClock(monkeypatch), [], []
+    journal = analysys._Journal(str(tmp_path / "upload.checkpoint"))
+    journal.open()
+    journal.write_anew(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced.append)
+        for moment in 10.0, 10.9, 11.0, 11.5, 12.4, 12.5:
+            clock.now = lambda: moment
+            journal.append(b"{}\n")
+            counts.append(len(synced))
+    journal.close()
+    assert counts == [0, 0, 1, 1, 1, 2]
+
+
+def test_xz_that_takes_much_memory_to_unpack_is_named(tmp_path):
+    import lzma
+    (tmp_path / "datas_1.log.xz").write_bytes(lzma.compress(lines_of("a").encode(), preset=9))
+    log_file(tmp_path / "datas_9.log", "z")
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url)
+        assert (shipped.status, server.names) == (2, ["z"]) and "xz -d unpacks it" in shipped.err
 
 
 @table("key, value", [
@@ -9398,17 +9447,15 @@ def test_dry_run_sends_and_writes_nothing_and_tells_the_errors_with_the_first_of
     assert sorted(path.name for path in tmp_path.iterdir()) == [first.name, second.name]
 
 
-BAD_RECORDS = [
-    dict(appid=""), dict(appid="a" * 256), dict(xwho=""), dict(xwho="a" * 255), dict(xwhen=WHEN // 10), dict(xwhen=10 ** 13),
-    dict(text="x" * 256), dict(number=2 ** 63), dict(number=-2 ** 63 - 1), dict(names=["x"] * 101),
-    dict(names=["x" * 256]), dict(names=[1])]
-
-
 def test_a_dry_run_checks_the_values_of_each_record_also_where_another_one_like_it_was_good(tmp_path):
     good = dict(event("Event", number=1, names=["x"]))
     good["xcontext"]["text"] = "x"
     lines = [good]
-    for change in BAD_RECORDS:
+    changes = [
+        dict(appid=""), dict(appid="a" * 256), dict(xwho=""), dict(xwho="a" * 255), dict(xwhen=WHEN // 10), dict(xwhen=10 ** 13),
+        dict(text="x" * 256), dict(number=2 ** 63), dict(number=-2 ** 63 - 1), dict(names=["x"] * 101),
+        dict(names=["x" * 256]), dict(names=[1])]
+    for change in changes:
         one = copy.deepcopy(good)
         for name, value in change.items():
             (one if name in one else one["xcontext"])[name] = value
@@ -9420,7 +9467,7 @@ def test_a_dry_run_checks_the_values_of_each_record_also_where_another_one_like_
     path = tmp_path / "datas_1.log"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = json.loads(ship(path, "--dry-run", "--json").out)
-    assert (found["lines"], found["refused"]) == (len(lines), len(BAD_RECORDS) + 2)
+    assert (found["lines"], found["refused"]) == (len(lines), len(changes) + 2)
 
 
 def test_a_dry_run_is_1_for_conflicts_alone_and_2_where_a_file_cannot_be_read(tmp_path):
