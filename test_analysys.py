@@ -1180,6 +1180,14 @@ def test_a_class_is_no_collecter(collecter):
         AnalysysPythonSdk(collecter)
 
 
+@pytest.mark.parametrize("missing", ["uploadData", "flush", "close"])
+def test_what_lacks_one_of_the_three_methods_is_no_collecter(missing):
+    methods = dict.fromkeys(["uploadData", "flush", "close"], print)
+    AnalysysPythonSdk(type("Whole", (), methods)())
+    with pytest.raises(IllegalData, match="collector"):
+        AnalysysPythonSdk(type("Lacking", (), dict(methods, **{missing: None}))())
+
+
 def test_a_callable_super_property_is_called_for_each_track_in_the_callers_thread_and_the_getters_return_it():
     calls = []
 
@@ -5256,6 +5264,10 @@ def test_batch_sends_an_alias_at_once_with_what_waits_before_it(monkeypatch):
         sdk.alias("u", "d")
         wait_until(lambda: server.requests)
         assert server.batches == [[record("u", "Event"), record("u", "$alias", {"$original_id": "d"}, is_login=True)]]
+        sdk._collecter.flush()
+        wait_until(lambda: sdk._collecter._state()._changed._sleepers)
+        sdk._collecter.uploadData(record("u", "$alias", {"$original_id": "e"}))      # by hand, too
+        wait_until(lambda: len(server.requests) == 2)
 
 
 def test_a_batch_request_carries_at_most_collecter_max_size_records_in_order():
@@ -7588,6 +7600,7 @@ def test_clients_that_never_end_their_heads_keep_nobody_out(monkeypatch):
 
 
 def test_beyond_the_bytes_held_at_once_bodies_wait_unread_but_for_the_oldest(monkeypatch):
+    assert analysys._MAX_HELD == 64 << 20              # in earnest
     monkeypatch.setattr(analysys, "_MAX_HELD", 100000)
     large = b"[" + b" " * 150000 + ONE[1:]
     head = request_of(b"", "Content-Length: %d" % len(large))
@@ -7660,6 +7673,16 @@ def test_wait_for_returns_the_records_once_they_are_there_and_clear_begins_anew(
             server.wait_for(1, timeout=0.01)
         post(server.url, ONE)
         assert len(server.wait_for(1)) == 1
+
+
+def test_wait_for_is_woken_by_what_arrives():
+    with analysys.Receiver() as server:
+        waiting = threading.Thread(target=server.wait_for, args=(1, None), daemon=True)
+        waiting.start()
+        wait_until(lambda: server._arrived._waiters)
+        post(server.url, ONE)
+        waiting.join(20)
+        assert not waiting.is_alive()
 
 
 @table("options, status, code", [({}, 500, 500), ({"status": 503}, 503, 503), ({"code": 403}, 200, 403),
@@ -8000,6 +8023,7 @@ def streaming(url, *headers):
 
 
 def test_a_stream_sends_each_event_once_and_goes_on_after_the_last_that_was_seen(monkeypatch):
+    assert analysys._ALIVE_EVERY == 15                 # in earnest
     monkeypatch.setattr(analysys, "_ALIVE_EVERY", 0.1)
     with site() as server:
         post(server.url, ONE)
