@@ -205,6 +205,7 @@ _JSON_GAP = r"[ \t\r\n,:]*"
 _MAX_PAIRS = 50000  # of event and property in an inventory: C8
 _SHORT = 40  # characters of an example in it
 _GIVE_UP = 30.0  # seconds that upload bears a failing server, unless it follows
+_PROGRESS_EVERY = 0.5  # seconds between two changes of the line that shows how far upload is
 _FOLLOW_EVERY = 1.0  # seconds between two looks at followed files
 _INOTIFY = 0x1000182  # Linux: tell what in a directory is written to, made or renamed
 # What LogCollecter writes, and what logrotate, gzip and people make of it; our own beside it; what may hold records
@@ -7866,15 +7867,14 @@ def _header(text: str) -> "Tuple[str, str]":
 
 
 class _Progress:
-    """Shows how far a shipment is: a line that changes on a terminal, otherwise a line a minute."""
+    """Shows how far a shipment is, on a terminal only: a line that changes."""
 
     def __init__(self, shipment: "_Shipment", sender: "_Sender") -> None:
         self._shipment = shipment
         self._outage = sender.outage
         self._began = _CLOCK.now()
         self._is_terminal = bool(sys.stderr and sys.stderr.isatty())
-        self._every = 0.5 if self._is_terminal else 60.0  # seconds
-        self._next = self._began + self._every
+        self._next = self._began + _PROGRESS_EVERY if self._is_terminal else float("inf")
         self._sizes: "Dict[str, int]" = {}  # bytes of each file, as it is packed
 
     def show(self) -> None:
@@ -7882,7 +7882,7 @@ class _Progress:
         now = _CLOCK.now()
         if now < self._next:
             return
-        self._next = now + self._every
+        self._next = now + _PROGRESS_EVERY
         seconds = now - self._began
         files, done, total = self._read()
         counts = self._shipment.ledger.stats()
@@ -7893,7 +7893,7 @@ class _Progress:
             text += ", the server is failing, retry in %.0f s" % max(0.0, self._outage.not_before - now)
         else:
             text += ", %d:%02d left" % divmod(seconds * max(0, total - done) / done if done else 0.0, 60)
-        _write(sys.stderr, "\r%s\x1b[K" % text if self._is_terminal else text + "\n")
+        _write(sys.stderr, "\r%s\x1b[K" % text)
 
     def _read(self) -> "Tuple[str, int, int]":
         """Return how many files are read, the bytes that are, and the bytes there are, all as they are packed."""

@@ -1140,6 +1140,23 @@ def test_debug_mode_logs_each_record_and_each_answer_and_mode_0_nothing(caplog):
         assert [one["xcontext"]["$debug"] for one in server.records] == [0, 1, 2]
 
 
+def test_debug_mode_is_seen_on_stderr_where_no_logging_is_configured():
+    run("""
+        import io
+        def shown():
+            sys.stderr = io.StringIO()
+            tracker.track("user", "Seen")
+            return sys.stderr.getvalue()
+        tracker = AnalysysPythonSdk(type("Sink", (), dict.fromkeys(["uploadData", "flush", "close"], print))())
+        tracker.setAppId("app")
+        assert shown() == ""
+        tracker.setDebugMode(1)
+        assert '"Seen"' in shown()
+        logging.getLogger().addHandler(logging.NullHandler())
+        assert shown() == ""
+    """)
+
+
 @table("change", [lambda sdk: sdk.setAppId("other"), lambda sdk: sdk.setDebugMode(2),
                   lambda sdk: sdk.registerSuperProperties({"a": 1}), lambda sdk: sdk.unregisterSuperProperty("gone")])
 def test_what_two_threads_change_in_a_tracker_at_once_is_changed_by_both(change):
@@ -1161,6 +1178,14 @@ def test_what_two_threads_change_in_a_tracker_at_once_is_changed_by_both(change)
 def test_a_class_is_no_collecter(collecter):
     with pytest.raises(IllegalData, match="collector"):
         AnalysysPythonSdk(collecter)
+
+
+@pytest.mark.parametrize("missing", ["uploadData", "flush", "close"])
+def test_what_lacks_one_of_the_three_methods_is_no_collecter(missing):
+    methods = dict.fromkeys(["uploadData", "flush", "close"], print)
+    AnalysysPythonSdk(type("Whole", (), methods)())
+    with pytest.raises(IllegalData, match="collector"):
+        AnalysysPythonSdk(type("Lacking", (), dict(methods, **{missing: None}))())
 
 
 def test_a_callable_super_property_is_called_for_each_track_in_the_callers_thread_and_the_getters_return_it():
@@ -1506,7 +1531,7 @@ for _ in range(10 ** 5):
 
 NAMES = ["a", "Z", "$a", "a_", "a1", "A" * 99, "$" + "a" * 98, "$importFlag"]
 BAD_NAMES = ["", "$", "1a", "_a", "$1", "$_a", "$$a", "a$", "a-b", "a b", "a.b", " a", "a ", "a\n", "\na", "é", "aé",
-             "名字", "ａ", "a٣", "a\ud800", "a\0", "a" * 100, "$" + "a" * 99, None, 1, True, 1.5, b"a", ("a",)]
+             "名字", "ａ", "a٣", "\u017f", "\u212a", "a\ud800", "a\0", "a" * 100, "$" + "a" * 99, None, 1, True, 1.5, b"a", ("a",)]
 VALUES = [  # given, sent
     ("", ""), ("x" * 255, "x" * 255), ("\U0001f600" * 255, "\U0001f600" * 255), ("a\nb\0", "a\nb\0"),
     (Text("plain"), "plain"), (Colour.RED, "red"), (True, True), (False, False),
@@ -1685,6 +1710,7 @@ def test_there_are_100_super_properties_in_all_and_no_more():
     sdk = tracker_to()
     sdk.registerSuperProperties(many(60))
     refused(sdk, "registerSuperProperties", many(41, 60))
+    refused(sdk, "registerSuperProperties", dict(many(41, 60), P0=-1))          # nothing is replaced either
     sdk.registerSuperProperties(many(40, 60))
     sdk.registerSuperProperties({name.upper(): -1 for name in many(100)})       # replaces them: still 100
     assert sdk.getAllSuperProperties() == {name.upper(): -1 for name in many(100)}
@@ -1827,6 +1853,7 @@ def test_records_share_nothing_with_each_other_or_the_tracker():
     ("server_url", DefaultCollecter,
      [None, 5, b"http://127.0.0.1", "", "127.0.0.1:80", "ftp://127.0.0.1", "http://", "http://:80",
       "https://host:port",
+      "http://h:0", "http://h/?a=b", "http://h/#a", "http://h\xe9/", "http://user:pass@h/",
       "http://h:65536", "http://h:-1", "http://a b/", URL + "/\n", "http://[::1", "http://" + " " * 10 ** 6]),
     ("server_url", BatchCollecter, ["host", None]),
     ("request_timeout", lambda value: DefaultCollecter(URL, value), [0, -1, "10", float("nan")]),
@@ -1834,8 +1861,18 @@ def test_records_share_nothing_with_each_other_or_the_tracker():
     ("max_interval_time", lambda value: BatchCollecter(URL, value), [0, -1, "15", float("nan")]),
     ("queue_cache_max_size", lambda value: BatchCollecter(URL, 15, value), [0, -1, 1.0, "10", None]),
     ("collecter_max_size", lambda value: BatchCollecter(URL, 15, 10, value), [0, -1, 1.0, "100", None]),
-    ("queue_max_size", lambda value: BatchCollecter(URL, 15, 10, 100, value), [0, -1, 1.0, "1000", None]),
+    ("queue_max_size", lambda value: BatchCollecter(URL, 15, 10, 100, value), [0, -1, 1.0, "1000", None, True]),
+    ("queue_timeout", lambda value: BatchCollecter(URL, queue_timeout=value), [-1, -0.001, "10", float("nan"), True]),
+    ("spool_path", lambda value: BatchCollecter(URL, spool_path=value), ["", 5, "a\0b"]),
+    ("spool_max_bytes", lambda value: BatchCollecter(URL, spool_max_bytes=value), [0, -1, 1.0, "1", None]),
+    ("ssl_context", lambda value: BatchCollecter(URL, ssl_context=value), [True, "ca.pem", ssl.SSLContext]),
+    ("headers", lambda value: DefaultCollecter(URL, headers=value), [5, "a: b", {"a b": "c"}, {"a": 5}]),
+    ("on_error", lambda value: BatchCollecter(URL, on_error=value), [5, "log", []]),
+    ("on_error", lambda value: AnalysysPythonSdk(Sink(), value), [5, "log", []]),
+    ("log_path", LogCollecter, ["", 5, None, "a\0b"]),
+    ("is_batch", lambda value: LogCollecter("logs", value), [1, None, "yes"]),
     ("batch_num", lambda value: LogCollecter("logs", True, value), [0, -1, 2.5, "20", None]),
+    ("batch_num", lambda value: LogCollecter("logs", False, value), [0, None]),
     ("general_rule", lambda value: LogCollecter("logs", True, 20, value), ["", "week", None, 1, HUGE])])
 def test_a_bad_constructor_argument_is_named_and_refused(tmp_path, monkeypatch, named, make, values):
     monkeypatch.chdir(tmp_path)
@@ -1877,7 +1914,7 @@ def test_a_body_of_more_than_a_packet_is_compressed():
         assert len(server.requests[0].body) < len(json.dumps(server.records)) / 4
 
 
-@table("path, target", [("", "/up"), ("/", "/up"), ("/up", "/up"), ("/a/b", "/a/b/up"), ("/a/up", "/a/up"),
+@table("path, target", [("", "/up"), ("/", "/up"), ("/up", "/up"), ("/a/b", "/a/b/up"), ("/a/up", "/a/up"), ("/a/up/", "/a/up"),
                         ("/startup", "/startup/up")])
 def test_up_is_appended_unless_the_path_ends_in_it(path, target):
     with Server() as server:
@@ -1944,7 +1981,7 @@ def test_a_success_is_understood_in_every_form_that_servers_give_it(encoding, pa
 
 @table("encoding, body", [("gzip", gzip.compress(b" " * 65525 + OK)), ("deflate", deflate(b" " * 10 ** 7 + OK, -15)),
                           ("gzip", gzip.compress(OK)[:-9]), ("br", gzip.compress(OK)),
-                          (None, OK.decode().encode("utf-16"))])
+                          (None, OK.decode().encode("utf-16")), (None, b'{"code":true}')])
 def test_an_answer_that_is_not_understood_is_told_as_one_that_may_make_a_duplicate(encoding, body):
     error, _ = attempt(answer(200, body, *["Content-Encoding: " + encoding] if encoding else []))
     assert type(error) is NetworkError and "the server may have the data, and it may come twice" in str(error)
@@ -2033,7 +2070,8 @@ def resolves_to(monkeypatch, *addresses):
 
 
 @table("scheme", ["http", "https"])
-@table("host", ["127.0.0.1", "localhost", "127.1", "LOCALHOST.", "a.localhost", "[::1]", "[0:0::1]"])
+@table("host", ["127.0.0.1", "localhost", "127.1", "LOCALHOST.", "a.localhost", "[::1]", "[0:0::1]",
+                "[::ffff:127.0.0.1]"])
 def test_this_machine_is_never_reached_through_a_proxy(monkeypatch, scheme, host):
     with Server(certificate=CERTIFICATE if scheme == "https" else None) as server, Proxy() as proxy:
         monkeypatch.setenv(scheme + "_proxy", proxy.url)
@@ -2280,6 +2318,20 @@ def test_request_timeout_bounds_a_request_to_a_server_that_reads_slowly(certific
         assert verdict.kind == analysys._RETRY and "request_timeout" in verdict.reason
 
 
+def test_a_request_takes_10_seconds_at_most_where_request_timeout_says_nothing(monkeypatch):
+    class Watched(socket.socket):
+        def settimeout(self, seconds):
+            if threading.current_thread() is threading.main_thread():
+                seen.append(seconds)
+            super().settimeout(seconds)
+    seen = []
+    with Server() as server:
+        monkeypatch.setattr(socket, "socket", Watched)
+        DefaultCollecter(server.url).uploadData(record("u", "Event"))
+        monkeypatch.undo()
+    assert 5 < max(seen) <= 10                         # what was left of it
+
+
 def test_a_hosts_first_address_does_not_use_up_the_whole_deadline(monkeypatch):
     with Server() as server, socket.socket() as full, contextlib.ExitStack() as waiting:
         full.bind(("127.0.0.1", 0))
@@ -2501,7 +2553,8 @@ def mishap(url, **options):
     (answer(200, OK.decode().encode("utf-16")), TWICE),
     (answer(301, b"", "Location: https://user:secret@ark.invalid/up"),
      "a redirect to https://ark.invalid/up is not foll"),
-    (answer(401, b""), "does it want credentials, as headers=?"),
+    (answer(300, b"", "Location: /new"), "a redirect to /new is not followed"),
+    (answer(401, b""), "does it want credentials, as headers=?"), (answer(405, b""), "it takes no POST"),
     (answer(400, b"Client sent an HTTP request to an HTTPS server."), TO_HTTPS),
     (b"\x15\x03\x01\x00\x02\x02F", TO_HTTPS),
     (answer(200, b'{"code":400,"msg":"\\u202eabc"}'), "refused for good"), (answer(503, b"busy"), "HTTP 503, busy")])
@@ -2525,6 +2578,15 @@ def test_a_message_about_a_connection_names_the_address_and_what_to_try(monkeypa
         raise socket.gaierror(-2, "Name or service not known")
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     assert "is the host's name right" in mishap("http://nowhere.invalid")
+
+
+@table("error, said", [
+    (OSError("Tunnel connection failed: 403 Forbidden"), "no_proxy=HOST goes around the proxy"),
+    (OSError("Tunnel connection failed: 407 Unknown"), "http://user:password@host:port"),
+    (OSError(errno.ENETUNREACH, "Network is unreachable"), "is this machine connected"),
+    (ssl.SSLError(1, "certificate verify failed: certificate has expired"), "this machine's clock is wrong")])
+def test_a_message_about_what_no_test_can_bring_about_says_what_to_try(error, said):
+    assert said in analysys._failure(error).reason
 
 
 def test_an_https_address_whose_port_answers_in_plain_http_is_told_so():
@@ -2913,7 +2975,7 @@ def test_a_relative_path_where_the_current_directory_is_gone_is_refused_by_its_n
 def test_new_log_files_are_0640_less_the_umask(tmp_path):
     before = os.umask(0)
     try:
-        for umask, name in (0o007, "a"), (0o077, "b"):
+        for umask, name in (0, "a"), (0o077, "b"):
             os.umask(umask)
             LogCollecter(str(tmp_path / name)).uploadData(event("a"))
     finally:
@@ -2957,6 +3019,12 @@ def test_of_a_record_that_is_too_large_for_rejected_log_the_beginning_is_there(t
     assert [(entry["record"], entry["length"]) for entry in rejected_in(tmp_path)] == [("x" * 4096, 9000)]
 
 
+def test_rejected_log_is_renamed_at_16_mib(tmp_path):
+    line = analysys._Line(b'"%s"' % (b"x" * (1 << 20)), "file", 1, 0, 0, 0, None)
+    analysys._RejectedLog(str(tmp_path / "rejected.log")).add([(line, "refused")] * 16, False)
+    assert 15 << 20 < (tmp_path / "rejected.log.1").stat().st_size <= 16 << 20
+
+
 def test_a_line_that_was_cut_after_its_writers_own_last_write_is_ended_before_the_next(tmp_path):
     collecter = LogCollecter(str(tmp_path))
     collecter._state().clock = lambda: 1532514947.857
@@ -2992,6 +3060,7 @@ def test_a_lock_that_a_stranger_holds_costs_10_seconds_once_and_then_next_to_not
     with open(str(path)) as stranger:
         fcntl.flock(stranger, fcntl.LOCK_EX)
         for _ in range(3):
+            clock.moment += 1
             began = clock.moment
             with pytest.raises(FileError, match="another process has held its lock") as error:
                 collecter.uploadData(event("refused"))
@@ -3064,6 +3133,11 @@ def test_marks_nuls_and_every_kind_of_line_end_are_no_damage(tmp_path, monkeypat
     queue.settle(items[3:])                            # a and c stand aside
     again = Queue(tmp_path, Lines(data, json.loads(json.dumps(queue.notes[-1])))).all()
     assert [(item.text.strip(), item.number) for item in again] == [(b'{"a":1}', 1), (b'{"c":1}', 7)]
+
+
+def test_a_line_of_more_than_40_mib_is_damage():
+    reasons = [analysys._damage(b"{}", (40 << 20) + more) for more in (0, 1)]
+    assert ["40 MiB" in reason for reason in reasons] == [False, True]
 
 
 @pytest.mark.parametrize("damaged", [
@@ -3371,6 +3445,39 @@ def test_files_roll_are_numbered_and_go_once_they_are_delivered(tmp_path):
         collecter.flush(20)
         assert server.names == numbered("e", 100)
         assert [path for path in paths if path.exists()] == paths[-1:]
+
+
+@posix_only
+def test_files_roll_at_16_mib_and_where_the_directory_is_made_it_is_0700(tmp_path):
+    before, folder = os.umask(0), tmp_path / "spool"
+    try:
+        with FaultyServer(listening=False) as server, spooling(server, folder) as collecter:
+            for _ in range(16):
+                collecter.uploadData(dict(event("large"), text="x" * (1 << 20)))
+            sizes = [path.stat().st_size for path in sorted(folder.glob("*.log"))]
+            assert len(sizes) == 2 and 15 << 20 < sizes[0] <= 16 << 20
+            modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+            assert (modes, stat.S_IMODE(folder.stat().st_mode)) == ({0o600}, 0o700)
+    finally:
+        os.umask(before)
+
+
+def test_leftovers_are_looked_for_at_start_and_then_every_5_seconds(tmp_path, monkeypatch):
+    class Clock:
+        moment = 0.0
+
+        def now(self):
+            return self.moment
+    clock = Clock()
+    monkeypatch.setattr(analysys, "_CLOCK", clock)
+    queue = analysys._Spool(str(tmp_path), 1 << 30, 10, NEVER)
+    with contextlib.closing(queue):
+        for moment, is_found in (0.0, False), (4.9, False), (6.0, True):   # once a second it asks
+            clock.moment = moment
+            assert (queue.due_at() <= moment) is is_found
+            if moment == 0.0:
+                leave(tmp_path, "left")
+        assert [json.loads(line.text.decode())["xwhat"] for line in queue.take(9)] == ["left"]
 
 
 def test_beyond_spool_max_bytes_a_call_raises_like_a_full_queue_until_there_is_room(tmp_path):
@@ -4199,6 +4306,8 @@ def test_files_of_another_user_are_set_aside_and_a_directory_of_another_user_is_
         collecter.flush(10)
         assert server.names == ["left", "own"]
         assert len([entry for entry in entries if "another user" in entry.getMessage()]) == 1
+        with spooling(server, tmp_path):
+            pass
         assert len([entry for entry in entries if "everybody may write" in entry.getMessage()]) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "their link").symlink_to("mine")
@@ -4576,6 +4685,16 @@ def test_flush_cuts_back_offs_short_at_most_once_a_second_for_all_callers(monkey
         assert len(server.requests) <= 2 + (time.monotonic() - start) / 0.1
 
 
+def test_a_back_off_is_not_cut_short_twice_within_a_second(monkeypatch):
+    clock, outage, moments = FakeClock(monkeypatch), analysys._Outage(), []
+    for moment in 100.0, 100.9, 101.1, 101.9:
+        clock.now = lambda: moment
+        outage.failed("HTTP 500")
+        outage.cut()
+        moments += [moment] if not outage.not_before else []
+    assert moments == [100.0, 101.1]
+
+
 def test_flush_cuts_a_back_off_short_that_begins_while_it_waits(monkeypatch, skipping):
     for name in "_FIRST_BACKOFF", "_LAST_BACKOFF":
         monkeypatch.setattr(analysys, name, 1000.0)
@@ -4864,7 +4983,11 @@ def test_in_an_outage_nothing_is_given_up_and_the_order_is_kept_when_it_is_over(
 
 
 def test_a_record_on_which_the_server_chokes_waits_while_it_is_alone_and_steps_aside_for_what_comes(skipping):
-    with FaultyServer(then=choking_on(["bad"])) as server:
+    def reply(server, request):
+        late.extend(server.names[:1])
+        return answer(500)
+    late = []
+    with FaultyServer(then=choking_on(["bad"], reply)) as server:
         with contextlib.closing(BatchCollecter(server.url, NEVER, 1, request_timeout=NEVER)) as collecter:
             collecter.uploadData(record("user", "bad"))
             wait_until(lambda: len(server.requests) > 20)
@@ -4873,6 +4996,7 @@ def test_a_record_on_which_the_server_chokes_waits_while_it_is_alone_and_steps_a
                 collecter.uploadData(record("user", name))
             collecter.flush(None)
             assert server.names == ["a", "b"]
+            assert len(late) == 4                      # with the last one before these got through: five
             balanced(collecter, delivered=2, rejected=1)
 
 
@@ -4944,6 +5068,7 @@ def test_an_outage_is_warned_of_at_once_and_then_once_a_minute(skipping):
         for _ in range(150):
             outage.failed("HTTP 500")
             outage.warn(ledger)
+            assert log                                 # of the first failure
             skipping.advance(1)
     assert len(log) == 3 and log[0].getMessage().startswith("analysys: 3 records wait, the server has been failing")
     assert log[0].getMessage().endswith(", trying again")
@@ -5055,9 +5180,9 @@ def test_close_delivers_may_be_repeated_and_ends_tracking(tmp_path, kind):
             sdk.track("u", "Event", {"name": "跑步机"})
         assert server.records + lines(tmp_path / "made" / "for it") == [record("u", "Event", {"name": "跑步机"})]
         sdk.close()
-        with pytest.raises(analysys.AnalysysPythonSdkException):
+        with pytest.raises(analysys.AnalysysPythonSdkException) as error:
             sdk.track("u", "Event")
-        assert balanced(sdk.sink)["delivered"] == 1
+        assert error.type is analysys.AnalysysPythonSdkException and balanced(sdk.sink)["delivered"] == 1
 
 
 def test_a_collecter_whose_close_failed_is_closed_and_so_are_its_copies():
@@ -5139,6 +5264,10 @@ def test_batch_sends_an_alias_at_once_with_what_waits_before_it(monkeypatch):
         sdk.alias("u", "d")
         wait_until(lambda: server.requests)
         assert server.batches == [[record("u", "Event"), record("u", "$alias", {"$original_id": "d"}, is_login=True)]]
+        sdk._collecter.flush()
+        wait_until(lambda: sdk._collecter._state()._changed._sleepers)
+        sdk._collecter.uploadData(record("u", "$alias", {"$original_id": "e"}))      # by hand, too
+        wait_until(lambda: len(server.requests) == 2)
 
 
 def test_a_batch_request_carries_at_most_collecter_max_size_records_in_order():
@@ -5970,8 +6099,8 @@ def test_a_look_and_a_large_record_inside_any_step_of_a_queue_neither_hang_nor_s
 
 def test_queue_timeout_bounds_the_wait_for_room_and_0_never_waits(skipping):
     with FaultyServer(then=silent) as server:
-        for seconds in 0, 7:
-            collecter = BatchCollecter(server.url, NEVER, 1, 1, 1, queue_timeout=seconds, request_timeout=NEVER)
+        for given, request_timeout, seconds in (0, NEVER, 0), (7, NEVER, 7), (None, 7, 7):
+            collecter = BatchCollecter(server.url, NEVER, 1, 1, 1, request_timeout, queue_timeout=given)
             collecter.uploadData(record("user", "a"))
             before = skipping.now()
             with pytest.raises(NetworkError, match="queue is full") as error:
@@ -5979,20 +6108,20 @@ def test_queue_timeout_bounds_the_wait_for_room_and_0_never_waits(skipping):
             assert seconds <= skipping.now() - before < seconds + 6 and error.value.records == [record("user", "b")]
             with pytest.raises(NetworkError):
                 collecter.close(0)
-    for bad in -1, "1", float("nan"), True:
-        with pytest.raises(IllegalData, match="queue_timeout"):
-            BatchCollecter("http://127.0.0.1:1", queue_timeout=bad)
 
 
-def test_in_a_running_event_loop_a_call_never_waits_and_names_the_ways_out():
+@table("given, seconds, ways", [(None, 0, "spool_path.*queue_max_size.*queue_timeout"), (7, 7, "queue is full")])
+def test_in_a_running_event_loop_a_call_never_waits_unless_told_to_and_names_the_ways_out(skipping, given, seconds, ways):
     import asyncio
     with FaultyServer(then=silent) as server:
-        collecter = BatchCollecter(server.url, NEVER, 1, 1, 1, request_timeout=60)
+        collecter = BatchCollecter(server.url, NEVER, 1, 1, 1, request_timeout=60, queue_timeout=given)
 
         async def main():
             collecter.uploadData(record("user", "a"))
-            with within(20), pytest.raises(NetworkError, match="spool_path.*queue_max_size.*queue_timeout"):
+            before = skipping.now()
+            with pytest.raises(NetworkError, match=ways):
                 collecter.uploadData(record("user", "b"))
+            assert seconds <= skipping.now() - before < seconds + 20
         loop = asyncio.new_event_loop()
         loop.run_until_complete(main())
         loop.close()
@@ -6073,6 +6202,24 @@ def test_a_pickled_tracker_works_and_starts_empty_and_a_closed_one_stays_closed(
         for closed in pickle.loads(pickle.dumps(tracker)), tracker_to(pickle.loads(pickle.dumps(collecter))):
             with pytest.raises(analysys.AnalysysPythonSdkException):
                 track(closed, "late")
+
+
+def test_pickles_carry_on_error_and_debug_mode_and_refuse_an_ssl_context(capsys):
+    tracker = tracker_to(on_error=print)
+    tracker.setDebugMode(2)
+    copy = pickle.loads(pickle.dumps(tracker))
+    track(copy, "a")
+    assert copy.sink.records[-1]["xcontext"]["$debug"] == 2
+    copy.track("", "bad")
+    assert "distinct_id" in capsys.readouterr().out
+    with FaultyServer(then=answer(200, code(400))) as server:
+        collecter = pickle.loads(pickle.dumps(BatchCollecter(server.url, on_error=print)))
+        collecter.uploadData(record("user", "refused"))
+        collecter.close()
+        assert "refused for good" in capsys.readouterr().out
+    for kind in DefaultCollecter, BatchCollecter:
+        with pytest.raises(TypeError, match="make it in the worker"):
+            pickle.dumps(kind(URL, ssl_context=ssl.create_default_context()))
 
 
 def test_a_hundred_collecters_made_used_and_dropped_leave_nothing_behind(tmp_path):
@@ -6352,6 +6499,20 @@ def test_where_no_thread_can_be_started_the_callers_thread_sends(case, _):
 def no_threads(monkeypatch):
     """Be where uWSGI runs no threads."""
     monkeypatch.setitem(sys.modules, "uwsgi", types.SimpleNamespace(worker_id=lambda: 1, has_threads=0))
+
+
+def test_uwsgi_that_runs_no_threads_is_warned_of_once_and_its_master_starts_none(no_threads):
+    analysys._warn_of_uwsgi.cache_clear()
+    with FaultyServer() as server, logged() as entries:
+        for _ in range(2):
+            with batch(server) as (_, tracker):
+                track(tracker, "a")
+        sys.modules["uwsgi"] = types.SimpleNamespace(worker_id=lambda: 0, mule_id=lambda: 0, has_threads=1)
+        with batch(server) as (collecter, tracker):
+            track(tracker, "b")
+            assert collecter._state()._thread is None
+        assert server.names == ["a", "a", "b"]
+    assert ["enable-threads = true" in entry.getMessage() for entry in entries] == [True]
 
 
 def test_where_no_thread_runs_a_call_sends_all_that_waits_and_close_closes_the_connections(no_threads, monkeypatch):
@@ -7345,7 +7506,8 @@ BAD_RECORDS = [changed(change) for change in [
     {"a": ["x"] * 101}, {"a-b": 1}, {"1a": 1}, {"x" * 100: 1}, {"a": 1, "A": 1}, {"$platform": 1}, {"$is_login": 1},
     {"$debug": 3}, {"$debug": "1"}]]
 BAD_RECORDS += [changed({"a": "1"}, "$profile_increment"), changed({"a": 1}, "$profile_append"),
-                changed({"$original_id": ""}, "$alias"), "record", None, []]
+                changed({"$original_id": ""}, "$alias"), changed({}, "$alias"), changed({"$lib": 1}), changed({"$lib_version": 1}),
+                changed(many(201)), "record", None, []]
 
 
 @table("encoded", [False, True])
@@ -7516,6 +7678,7 @@ def test_clients_that_never_end_their_heads_keep_nobody_out(monkeypatch):
 
 
 def test_beyond_the_bytes_held_at_once_bodies_wait_unread_but_for_the_oldest(monkeypatch):
+    assert analysys._MAX_HELD == 64 << 20              # in earnest
     monkeypatch.setattr(analysys, "_MAX_HELD", 100000)
     large = b"[" + b" " * 150000 + ONE[1:]
     head = request_of(b"", "Content-Length: %d" % len(large))
@@ -7590,6 +7753,16 @@ def test_wait_for_returns_the_records_once_they_are_there_and_clear_begins_anew(
         assert len(server.wait_for(1)) == 1
 
 
+def test_wait_for_is_woken_by_what_arrives():
+    with analysys.Receiver() as server:
+        waiting = threading.Thread(target=server.wait_for, args=(1, None), daemon=True)
+        waiting.start()
+        wait_until(lambda: server._arrived._waiters)
+        post(server.url, ONE)
+        waiting.join(20)
+        assert not waiting.is_alive()
+
+
 @table("options, status, code", [({}, 500, 500), ({"status": 503}, 503, 503), ({"code": 403}, 200, 403),
                                  ({"status": 413, "code": 400}, 200, 400)])
 def test_fail_next_fails_that_many_posts_and_keeps_nothing_of_them(options, status, code):
@@ -7620,7 +7793,7 @@ def test_failures_to_come_come_in_the_order_in_which_they_were_asked_for():
         assert [post(server.url, ONE)[1]["code"] for _ in "12345"] == [500, 503, 503, 401, 200]
 
 
-@table("arguments", [(0,), (-1,), ("1",), (1, 99), (1, 600), (1, "500"), (1, 500, "400"), (True,), (1, None)])
+@table("arguments", [(0,), (-1,), ("1",), (1, 199), (1, 600), (1, "500"), (1, 500, "400"), (True,), (1, None)])
 def test_fail_next_refuses_what_no_server_could_do(arguments):
     with analysys.Receiver() as server, pytest.raises(IllegalData):
         server.fail_next(*arguments)
@@ -7659,7 +7832,8 @@ def test_pages_of_another_origin_may_not_post(headers):
     with analysys.Receiver() as server:
         sent = {"Host": HOST, **headers, "Content-Length": str(len(ONE))}
         lines = ["%s: %s" % header for header in sent.items()]
-        assert status_of(exchange(server.url, request_of(ONE, *lines))) == 403
+        told = exchange(server.url, request_of(ONE, *lines))
+        assert status_of(told) == 403 and b"--cors" in told
         assert server.records == []
 
 
@@ -7690,17 +7864,31 @@ def test_demo_shows_all_records_three_times_from_a_folder_that_holds_the_file_al
             assert len(re.findall(r"(?<!\w)" + re.escape(xwhat) + r"\b", done.out)) >= 3
         for word in "time", "who", "what", "platform", "login", "properties", "sent", "received":
             assert word in done.out.lower()
-        assert "ABCD123456" in done.out and "zhangsan" in done.out and "JS" in done.out
+        assert "ABCD123456" in done.out and "zhangsan" in done.out and "JS" in done.out and "\nnext: " in done.out
     shutil.copy(SOURCE, str(tmp_path))
     all_at_once(demo, [([], {}), (["-I", "-S", "-OO"], {"LC_ALL": "C"}), ([], {"PYTHONIOENCODING": "ascii"}),
                        ([], {"http_proxy": URL})])
     assert os.listdir(str(tmp_path)) == ["analysys.py"]
 
 
+def test_a_demo_of_which_a_record_does_not_arrive_says_so_and_is_2(monkeypatch, capsys):
+    monkeypatch.setattr(DefaultCollecter, "stats", lambda self: {"accepted": 7})
+    assert analysys.main(["demo"]) == 2
+    assert re.search("(✗|NO) DefaultCollecter +7 sent, 6 received", capsys.readouterr().out)
+
+
 def test_no_arguments_print_the_help_with_or_without_docstrings():
     plain, stripped = python("-m", "analysys"), python("-I", "-S", "-OO", SOURCE)
     assert (plain.status, plain.err) == (stripped.status, stripped.err) == (0, "")
     assert "demo" in plain.out and plain.out == stripped.out
+
+
+@table("arguments, defaults", [
+    (["serve"], {"host": "127.0.0.1", "port": 4089}), (["upload", "a"], {"batch": 20000, "request_timeout": 10}),
+    (["check", "--server", "a", "--app-id", "b"], {"request_timeout": 10})])
+def test_options_have_the_defaults_that_the_readme_tells(arguments, defaults):
+    given = vars(analysys._parser().parse_args(arguments))
+    assert {name: given[name] for name in defaults} == defaults
 
 
 def test_version_tells_the_version_the_files_sha_256_and_the_python(capsys):
@@ -7721,6 +7909,31 @@ def test_wrong_usage_ends_with_64_and_one_sentence(capsys, arguments):
 def test_a_value_that_breaks_a_rule_is_told_the_rule(capsys, option, value, rule):
     assert analysys.main(["serve", option, value]) == 64
     assert capsys.readouterr().err == "analysys serve: error: argument %s: it must be %s, not '%s'\n" % (option, rule, value)
+
+
+@table("error", [MemoryError(), KeyError("key"), BaseException("any"), SystemExit(1)])
+def test_whatever_goes_wrong_is_one_sentence_and_2(capsys, monkeypatch, error):
+    def fail(arguments):
+        raise error
+    monkeypatch.setattr(analysys, "_demo", fail)
+    assert analysys.main(["demo"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and type(error).__name__ in printed.err
+
+
+@posix_only
+@table("environment, is_terminal, expected", [
+    ({"TERM": "xterm"}, True, True), ({"TERM": "xterm"}, False, False), ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+    ({"TERM": "dumb"}, True, False)])
+def test_colours_are_for_a_terminal_and_no_color_is_kept(monkeypatch, environment, is_terminal, expected):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    line = analysys._event_text(None, "refused", 80)
+    monkeypatch.undo()
+    assert ("\x1b" in line) is expected
 
 
 def test_ctrl_c_is_one_sentence_however_early_it_comes(capsys):
@@ -7828,16 +8041,32 @@ def test_the_inventory_counts_events_properties_types_and_conflicts_of_what_was_
         assert (found["accepted"], found["refused"], found["cut"]) == (2, 1, False)
 
 
+def test_an_inventory_has_first_values_shortened_an_alias_among_events_and_no_properties_of_the_platform_or_unset():
+    with site() as server:
+        post(server.url, encode([
+            record("u", "$alias", {"$original_id": "d", "n": 1}), record("u", "A", {"n": "first" + "x" * 250}),
+            record("u", "A", {"n": "second", "$importFlag": 1}), record("u", "$profile_set", {"n": True}),
+            record("u", "$profile_unset", {"n": ""})]))
+        found = json.loads(ask(server.url, "/api/inventory")[2].decode())
+        example = found["events"]["A"]["properties"]["n"]["example"]
+        assert example.startswith("firstx") and len(example) < 100
+        assert {name: list(event["properties"]) for name, event in found["events"].items()} == {
+            "$alias": ["n"], "A": ["n"], "$profile_set": ["n"], "$profile_unset": []}
+        assert [(one["kind"], one["types"]) for one in found["conflicts"]] == [("event", {"number": 1, "string": 2})]
+
+
 def test_delete_forgets_events_inventory_and_failures_and_the_number_still_grows():
     with site() as server:
-        post(server.url, ONE)
-        before = seen(server.url)[0]["n"]
+        post(server.url, encode([record("u", "Old")]))
+        post(server.url, encode([{}]))
+        before = seen(server.url)[-1]["n"]
         assert ask(server.url, "/api/fail", "POST", b'{"number":3,"status":503,"code":null}')[0] == 204
         assert post(server.url, ONE)[0] == 503
         status, head, body = ask(server.url, "/api/events", "DELETE")
         assert (status, body) == (204, b"") and "Content-Length" not in head
         assert seen(server.url) == [] and post(server.url, ONE)[0] == 200
-        assert json.loads(ask(server.url, "/api/inventory")[2].decode())["accepted"] == 1
+        found = json.loads(ask(server.url, "/api/inventory")[2].decode())
+        assert (found["accepted"], found["refused"]) == (1, 0) and "Old" not in found["events"]
         assert seen(server.url)[0]["n"] > before
 
 
@@ -7872,6 +8101,7 @@ def streaming(url, *headers):
 
 
 def test_a_stream_sends_each_event_once_and_goes_on_after_the_last_that_was_seen(monkeypatch):
+    assert analysys._ALIVE_EVERY == 15                 # in earnest
     monkeypatch.setattr(analysys, "_ALIVE_EVERY", 0.1)
     with site() as server:
         post(server.url, ONE)
@@ -7990,7 +8220,8 @@ def test_a_host_that_is_no_name_admits_nobody():
 
 
 @table("options, word", [
-    (["--cors", "*"], "--cors"), (["--cors", "http://a/b"], "--cors"), (["--spool-path", "x"], "--spool-path"),
+    (["--cors", "*"], "--cors"), (["--cors", "http://a/b"], "--cors"), (["--cors", "http://*.a"], "--cors"),
+    (["--spool-path", "x"], "--spool-path"),
     (["--forward", "http://127.0.0.1:1"], "--spool-path"), (["--port", "65536"], "--port"), (["--port", "-1"], "--port"),
     (["--tls", "nowhere.pem", "nowhere.key"], "nowhere.pem"), (["--tls", SOURCE, SOURCE], "--tls"),
     (["--forward", "ftp://x", "--spool-path", "x"], "ftp://x"), (["--log-path", ""], "--log-path"),
@@ -8396,6 +8627,16 @@ def test_a_silent_server_costs_each_step_its_time_and_no_more():
         assert states(found, "connect", "clock", "event") == ["OK", "SKIP", "FAIL"]
 
 
+def test_a_step_of_check_that_does_not_end_is_left_behind(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: ended.wait(60))
+    with within(40):
+        found = checked("http://ark.invalid", "--request-timeout", "0.1", expected=2)
+    ended.set()
+    assert states(found, "resolve", "connect", "event") == ["FAIL", "SKIP", "SKIP"]
+    assert "0.1 s" in found["resolve"]["seen"]
+
+
 @table("off, state", [(0, "OK"), (-30, "OK"), (90, "WARN"), (-90, "WARN"), (None, "OK"), ("nonsense", "OK")])
 def test_a_clock_that_is_a_minute_off_is_a_warning(off, state):
     date = [] if off is None else ["Date: " + (off if off == "nonsense" else email.utils.formatdate(time.time() + off))]
@@ -8526,6 +8767,7 @@ def test_check_counts_what_waits_in_the_directories_and_makes_nothing(tmp_path):
     (lambda path: path.mkdir() or (path / "rejected.log").write_text("x\n"), "WARN"),
     (lambda path: path.mkdir() or (path / "rejected.log").symlink_to("elsewhere"), "FAIL"),
     (lambda path: path.mkdir() or (path / "upload.checkpoint").symlink_to("elsewhere"), "FAIL"),
+    (lambda path: path.mkdir() or (path / "a").write_text("a") and os.link(str(path / "a"), str(path / "rejected.log")), "FAIL"),
     (lambda path: path.mkdir() or os.mkfifo(str(path / "datas_2018072510.log")), "FAIL")])
 def test_check_finds_what_is_in_the_way_in_a_directory(make, state, tmp_path):
     path = tmp_path / "logs"
@@ -8745,20 +8987,20 @@ def test_however_often_ctrl_c_comes_check_says_in_one_sentence_that_it_was_stopp
 
 
 @posix_only
-def test_a_process_that_gets_a_signal_ends_its_request_and_says_what_remains(tmp_path):
+@table("options, status, said", [([], 2, "analysys: not all is delivered: it was stopped\n"), (["--follow"], 0, "")])
+def test_a_process_that_gets_a_signal_ends_its_request_and_says_what_remains(tmp_path, options, status, said):
     log_file(tmp_path / "datas_2018072510.log", *numbered("e", 30))
     gate = threading.Event()
 
     def slow(server, request):
         return gate.wait(20) and accept(server, request)
     with FaultyServer(accept, slow) as server:
-        with shipper(tmp_path, "--server", server.url, "--batch", "10") as started:
+        with shipper(tmp_path, "--server", server.url, "--batch", "10", *options) as started:
             wait_until(lambda: len(server.requests) == 2)
             started.send_signal(signal.SIGTERM)
             started.send_signal(signal.SIGTERM)
             gate.set()
-            assert ended(started) == (2, "delivered 20, rejected 0, remaining 10\n",
-                                      "analysys: not all is delivered: it was stopped\n")
+            assert ended(started) == (status, "delivered 20, rejected 0, remaining 10\n", said)
 
 
 @posix_only
@@ -8935,10 +9177,35 @@ def test_a_checkpoint_that_cannot_be_used_is_an_error_in_one_sentence_and_nothin
     path = log_file(tmp_path / "datas_2018072510.log", "a")
     (tmp_path / "broken").write_text("{")
     with FaultyServer() as server:
-        for checkpoint in tmp_path, tmp_path / "broken", path / "point":
+        (tmp_path / "link").symlink_to("nowhere")
+        for checkpoint in tmp_path, tmp_path / "broken", path / "point", tmp_path / "link":
             shipped = ship(path, "--server", server.url, "--checkpoint", checkpoint)
             assert (shipped.status, shipped.err.count("\n")) == (2, 1) and "--checkpoint" in shipped.err
-        assert server.requests == []
+        assert server.requests == [] and not (tmp_path / "nowhere").exists()
+
+
+def test_a_checkpoint_is_fsynced_once_a_second(tmp_path, monkeypatch):
+    clock, synced, counts = FakeClock(monkeypatch), [], []
+    journal = analysys._Journal(str(tmp_path / "upload.checkpoint"))
+    journal.open()
+    journal.write_anew(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced.append)
+        for moment in 10.0, 10.9, 11.0, 11.5, 12.4, 12.5:
+            clock.now = lambda: moment
+            journal.append(b"{}\n")
+            counts.append(len(synced))
+    journal.close()
+    assert counts == [0, 0, 1, 1, 1, 2]
+
+
+def test_xz_that_takes_much_memory_to_unpack_is_named(tmp_path):
+    import lzma
+    (tmp_path / "datas_1.log.xz").write_bytes(lzma.compress(lines_of("a").encode(), preset=9))
+    log_file(tmp_path / "datas_9.log", "z")
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url)
+        assert (shipped.status, server.names) == (2, ["z"]) and "xz -d unpacks it" in shipped.err
 
 
 @table("key, value", [
@@ -9305,6 +9572,51 @@ def test_dry_run_sends_and_writes_nothing_and_tells_the_errors_with_the_first_of
     assert sorted(path.name for path in tmp_path.iterdir()) == [first.name, second.name]
 
 
+def test_a_dry_run_checks_the_values_of_each_record_also_where_another_one_like_it_was_good(tmp_path):
+    good = dict(event("Event", number=1, names=["x"]))
+    good["xcontext"]["text"] = "x"
+    lines = [good]
+    changes = [
+        dict(appid=""), dict(appid="a" * 256), dict(xwho=""), dict(xwho="a" * 255), dict(xwhen=WHEN // 10), dict(xwhen=10 ** 13),
+        dict(text="x" * 256), dict(number=2 ** 63), dict(number=-2 ** 63 - 1), dict(names=["x"] * 101),
+        dict(names=["x" * 256]), dict(names=[1])]
+    for change in changes:
+        one = copy.deepcopy(good)
+        for name, value in change.items():
+            (one if name in one else one["xcontext"])[name] = value
+        lines += [one, good]
+    alias = event("$alias")
+    alias["xcontext"]["$original_id"] = "d"
+    lines += [alias, copy.deepcopy(alias), dict(good, xcontext=dict(good["xcontext"], **{"$debug": 3}))]
+    lines[-2]["xcontext"]["$original_id"] = ""
+    path = tmp_path / "datas_1.log"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = json.loads(ship(path, "--dry-run", "--json").out)
+    assert (found["lines"], found["refused"]) == (len(lines), len(changes) + 2)
+
+
+def test_a_dry_run_is_1_for_conflicts_alone_and_2_where_a_file_cannot_be_read(tmp_path):
+    lines = [event("A", n=1), event("B", n="x")]
+    (tmp_path / "datas_1.log").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ship(tmp_path, "--dry-run").status == 1
+    (tmp_path / "datas_2.log").mkdir()
+    for options in [], ["--json"]:
+        shipped = ship(tmp_path, "--dry-run", *options)
+        assert shipped.status == 2 and "datas_2.log" in shipped.err
+
+
+def test_our_own_files_are_never_read_whatever_the_pattern_hands_over(tmp_path):
+    log_file(tmp_path / "datas_1.log", "a")
+    for name in "rejected.log.1", "rejected.log.2", "upload.checkpoint", "upload.checkpoint.lock":
+        log_file(tmp_path / name, "own")
+    with FaultyServer() as server:
+        for _ in range(2):
+            paths = sorted(tmp_path.iterdir())
+            shipped = ship(*paths, "--server", server.url, "--checkpoint", tmp_path / "mark")
+            assert (shipped.status, shipped.err.count("our own")) == (0, len(paths) - 1)
+        assert server.names == ["a"]
+
+
 @pytest.mark.parametrize("most", [analysys._MAX_HOLES, 20])
 def test_whatever_stands_aside_comes_again_after_a_stop_also_where_there_is_more_than_can_be_noted(tmp_path, monkeypatch, most):
     log_file(tmp_path / "datas_2018072510.log", *numbered("e", 2 * analysys._MOST_ASIDE))
@@ -9417,6 +9729,17 @@ def test_a_terminal_gets_a_progress_line_and_a_file_does_not(tmp_path):
         assert re.match(line, shown.decode()) and "\r\x1b[Kanalysys: not all" in shown.decode()
         with shipper(tmp_path, "--server", server.url) as started:
             assert ended(started) == (0, "delivered 10, rejected 0, remaining 0\n", "")
+
+
+def test_what_is_no_terminal_gets_no_progress_however_long_it_takes(tmp_path, monkeypatch):
+    def slow(server, request):
+        clock.advance(100)
+        return accept(server, request)
+    log_file(tmp_path / "datas_2018072510.log", *numbered("e", 20))
+    with FaultyServer(then=slow) as server:
+        clock = FakeClock(monkeypatch)
+        shipped = ship(tmp_path, "--server", server.url, "--batch", "10", "--request-timeout", "1000")
+        assert shipped == (0, "delivered 20, rejected 0, remaining 0\n", "")
 
 
 @linux_only
@@ -9603,6 +9926,8 @@ def test_usage_is_explained(tmp_path):
     path = log_file(tmp_path / "datas_1.log", "a")
     for arguments, words in (
             ((path,), "--server"), ((path, "--server", "http://h", "--ca", "nope.pem"), "nope.pem"),
+            ((path, "--server", "http://h", "--checkpoint", ""), "--checkpoint"),
+            ((path, "--server", "http://h", "--header", "none"), "--header"),
             (("-", "--server", "http://h", "--follow"), "followed")):
         shipped = ship(*arguments)
         assert (shipped.status, shipped.err.count("\n")) == (64, 1) and words in shipped.err
