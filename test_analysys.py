@@ -6728,6 +6728,39 @@ def test_of_threads_that_close_a_collecter_at_once_one_has_what_is_left():
     assert step > 50
 
 
+def test_exit_tells_what_a_thread_that_closed_a_collecter_did_not_live_to_tell(exits_here):
+    collecter = BatchCollecter(URL, NEVER, NEVER)
+    collecter.uploadData(event("e"))
+    thread = threading.Thread(target=collecter._state().close, args=(0,))
+    thread.start()
+    thread.join()
+    with logged() as entries:
+        exits_here()
+    assert [entry.args[0] for entry in entries if "not delivered at exit" in entry.msg] == [1]
+
+
+def test_what_two_signal_handlers_track_before_and_in_the_write_of_a_log_is_there_once(tmp_path):
+    def first():                                       # at any step, and where it comes before the write
+        collecter.uploadData(event("b"))
+        sys.settrace(second)
+
+    def second(frame, *_):                             # in it, too
+        if frame.f_code is analysys._SharedFile.append.__code__:
+            sys.settrace(None)
+            names.append("c")
+            collecter.uploadData(event("c"))
+    came_twice = 0
+    for step in range(1, 500):
+        collecter, names = LogCollecter(str(tmp_path / str(step))), ["a", "b"]
+        came = disturbed(lambda: collecter.uploadData(event("a")), step, first)
+        collecter.close()
+        if not came:
+            break
+        assert sorted(one["xwhat"] for one in lines(tmp_path / str(step))) == names, step
+        came_twice += "c" in names
+    assert came_twice > 5
+
+
 def test_an_on_error_that_raises_at_exit_is_not_called_again_and_the_log_is_told(exits_here):
     calls = []
     def on_error(*_):
