@@ -4983,10 +4983,13 @@ def _wait_at_exit(states: "List[_State]", deadline: float) -> None:
 
 def _close_at_exit(state: "_State", untold: "Dict[_State, Exception]", deadline: float) -> None:
     """Close *state* and note what is to be told; whatever befalls one, the others have their turn."""
-    try:
-        problem = state.close(max(0.0, deadline - _CLOCK.now()))
-    except Exception as error:
-        problem = error
+    problem: "Optional[Exception]" = None
+    for _ in range(3):  # a signal handler may raise an Exception, too
+        try:
+            problem = state.close(max(0.0, deadline - _CLOCK.now()))
+            break
+        except Exception as error:
+            problem, deadline = error, 0.0
     if problem is not None:
         untold[state] = problem
 
