@@ -8292,7 +8292,7 @@ def test_serve_ends_with_its_summary_and_0_however_often_it_is_told_to():
             for number in [signal.SIGINT, signal.SIGTERM] * 4:
                 server.process.send_signal(number)
             server.process.wait(20)
-        assert server.lines == ["0 accepted, 0 refused", ""]
+        assert server.lines[:-1] == ["0 accepted, 0 refused"] and "KeyboardInterrupt" not in server.lines[-1], server.lines
 
 
 @table("host, warns", [("0.0.0.0", True), ("127.0.0.1", False), ("localhost", False)])
@@ -9019,7 +9019,9 @@ def test_however_often_ctrl_c_comes_check_says_in_one_sentence_that_it_was_stopp
                 while running.poll() is None:
                     running.send_signal(signal.SIGINT)
                 done = ended(running)
-        assert done[::2] == (2, "analysys: it was stopped\n")
+        # CPython itself may add that it ignored a signal, which came as signals were told to be ignored.
+        assert done.status == 2 and done.err.startswith("analysys: it was stopped\n"), done
+        assert "KeyboardInterrupt" not in done.err and "analysys" not in done.err[9:].replace(SOURCE, ""), done
 
 
 @posix_only
