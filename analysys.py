@@ -161,6 +161,7 @@ _REQUEST_TIMEOUT = 10.0  # seconds for a whole request where the caller gives no
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.1, 30.0  # seconds between attempts: C5
 _MAX_RETRY_AFTER = 300.0  # seconds that a server may ask us to wait: C5
 _MAX_ANSWER = 64 * 1024  # bytes read of an answer, and decompressed of one: C5
+_READ_AT_ONCE = 8192  # bytes of an answer: what is behind it stays in the connection, and is noticed there
 _MAX_HEADERS = 64 * 1024  # bytes read before the answer's body, beyond those
 _TLS_RECORD = 16 * 1024  # bytes that one send() over TLS takes at most
 _MAX_IDLE = 60.0  # seconds that an idle connection is kept: C5
@@ -2020,6 +2021,8 @@ def _response_class() -> "Any":
 class _Answering(io.RawIOBase):
     """What a response reads from: one deadline over all reads, and a limit to their bytes."""
 
+    _raw: "Any" = io.BytesIO()  # until there is one: an exception of a signal handler may come first
+
     def __init__(self, connection: "Any", sock: "Any") -> None:
         self._connection = connection
         self._sock = sock
@@ -2031,7 +2034,7 @@ class _Answering(io.RawIOBase):
         self._budget = _MAX_HEADERS + _MAX_ANSWER
 
     def makefile(self, mode: str) -> "io.BufferedReader":
-        return io.BufferedReader(self)
+        return io.BufferedReader(self, _READ_AT_ONCE)
 
     def readable(self) -> bool:
         return True
@@ -2196,8 +2199,9 @@ class _MemoryQueue:
         self._interval = interval  # seconds
         self._slots: "List[None]" = [None] * max_size  # the free ones
         self._waiting: "Deque[Tuple[bytes, float]]" = collections.deque()  # (line, when it came)
-        # By number, counted in the order in which they came. Ordered, since settled is what came before the first.
-        self._inflight: "collections.OrderedDict[int, Tuple[bytes, float]]" = collections.OrderedDict()
+        # By number, counted in the order in which they came: settled is what came before the first. A plain dict, which
+        # is ordered, too, and can be looked into while another thread changes it, also without the GIL.
+        self._inflight: "Dict[int, Tuple[bytes, float]]" = {}
         self._taken = 0  # the number of the last one that is being taken,
         self._moved = 0  # and of the last one that was
         self._final: "Optional[Tuple[int, int]]" = None  # once it is closed: what mark() says from then on
@@ -2237,7 +2241,7 @@ class _MemoryQueue:
     def take(self, most: int) -> "List[Item]":
         with self.ledger.lock:
             number = 0 if self._final else min(most, len(self._waiting))
-            before = max(self._moved, next(reversed(self._inflight), 0))  # a signal handler may have ended a take()
+            before = max([self._moved, *self._inflight])  # a signal handler may have ended a take()
             self._taken = before + number  # first: what was accepted may be told too high, never too low
             entries = itertools.starmap(self._waiting.popleft, itertools.repeat((), number))
             try:
@@ -2245,6 +2249,7 @@ class _MemoryQueue:
             except IndexError:  # a close() came in between
                 moved = []
             self._moved = self._taken
+            self.ledger.add({})  # the move ends here
         return [(line, number) for number, (line, _) in enumerate(moved, before + 1)]
 
     def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
