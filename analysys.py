@@ -5659,25 +5659,13 @@ def _event_line(number: int, now: float, reason: "Optional[str]", record: "Any")
     """Return one event as a line of JSON, with the record at its end, where the page finds its exact text."""
     try:
         text = _encode(record)
-        text.encode("utf-8")
-    except (ValueError, RecursionError):  # a number too large for a float, or half a character
-        try:
-            text = json.dumps(_tame(record))
-        except RecursionError:
-            text = "null"
+    except RecursionError:
+        text = "null"
     if len(text) > _MAX_SHOWN:
         text = "null"
     form = '{"n":%d,"received":%d,"reason":%s,"record":%s}\n'
-    return (form % (number, now * 1000, json.dumps(reason), text)).encode()
-
-
-def _tame(value: "Any") -> "Any":
-    """Return *value* with text in the place of numbers that JSON lacks."""
-    if isinstance(value, dict):
-        return {name: _tame(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_tame(item) for item in value]
-    return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
+    # Half a character, which UTF-8 has not, becomes what JSON has for it.
+    return (form % (number, now * 1000, json.dumps(reason), text)).encode("utf-8", "backslashreplace")
 
 
 class _Site(Receiver):
