@@ -5420,7 +5420,7 @@ class Receiver:
         self.records: "List[Record]" = []
         # Guards records and failures, and holds the bodies of others back; notified by what arrives.
         self._arrived = threading.Condition()
-        self._failures: "Deque[List[Any]]" = collections.deque()  # [how many posts to come, status, code]
+        self._failures: "Deque[List[Any]]" = collections.deque()  # [how many posts to come, what _take() returns then]
         self._names = {name.lower() for name in names if name} | {"localhost"}  # that a Host header may have
         self._cors = frozenset(origin.lower() for origin in cors)  # whose pages may post
         try:
@@ -5457,13 +5457,13 @@ class Receiver:
     def fail_next(self, number: int = 1, status: int = 500, code: "Optional[int]" = None) -> None:
         """Have the next *number* posts fail: with HTTP *status*, or 200 and this *code*. Nothing of them is kept."""
         _check("number", number, "size")
-        for name, value in (("status", status), ("code", code)):
-            if type(value) is not int and (name == "status" or value is not None):
-                raise _illegal(name, value, "must be an int")
-        if not 200 <= status <= 599:
+        if type(status) is not int or not 200 <= status <= 599:
             raise _illegal("status", status, "must be an HTTP status from 200 to 599")
+        if code is not None and type(code) is not int:
+            raise _illegal("code", code, "must be an int or None")
+        status, code = (status, status) if code is None else (200, code)
         with self._arrived:
-            self._failures.append([number, status, code])
+            self._failures.append([number, (status, {"code": code, "msg": "it was told to fail"})])
 
     def clear(self) -> None:
         """Forget the records, and the failures that are still to come."""
@@ -5508,7 +5508,11 @@ class Receiver:
         """Take the body of a request whole, or not at all; return the HTTP status and the JSON to answer."""
         with self._arrived:
             if self._failures:
-                return self._fail()
+                self._failures[0][0] -= 1
+                left, (status, told) = self._failures[0]
+                if not left:
+                    self._failures.popleft()
+                return status, told
             records: "List[Any]" = []
             try:
                 records = _received(body)
@@ -5521,14 +5525,6 @@ class Receiver:
             except ValueError as error:
                 self._refuse(records, _printable(error))
                 return 200, {"code": 400, "msg": _printable(error)}
-
-    def _fail(self) -> "Tuple[int, Record]":
-        left, status, code = self._failures[0]
-        self._failures[0][0] = left - 1
-        if left <= 1:
-            self._failures.popleft()
-        told = {"code": status if code is None else code, "msg": "it was told to fail"}
-        return (status if code is None else 200), told
 
     def _keep(self, records: "List[Record]") -> None:
         self.records.extend(records)
