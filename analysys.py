@@ -5514,23 +5514,29 @@ class Receiver:
                     self._failures.popleft()
                 return status, told
             records: "List[Any]" = []
+            lines: "List[bytes]" = []
             try:
                 records = _received(body)
-                _check_all(records)
-                self._keep(records)
-                self._arrived.notify_all()
-                return 200, {"code": 200}
-            except (AnalysysPythonSdkFileException, AnalysysPythonSdkNetworkException) as error:  # not the data's fault
+                for record in records:
+                    _check_record(record)
+                    lines.append(_line(record))
+            except (ValueError, RecursionError) as error:
+                place = len(lines) + 1
+                reason = _printable("record %d of %d: %s" % (place, len(records), error) if records else error)
+                self._refuse(records, place, reason)
+                return 200, {"code": 400, "msg": reason}
+            try:
+                self._keep(records, b"".join(lines))
+            except (AnalysysPythonSdkFileException, AnalysysPythonSdkNetworkException) as error:
                 return 503, {"code": 500, "msg": _printable(error)}
-            except ValueError as error:
-                self._refuse(records, _printable(error))
-                return 200, {"code": 400, "msg": _printable(error)}
+            self._arrived.notify_all()
+            return 200, {"code": 200}
 
-    def _keep(self, records: "List[Record]") -> None:
+    def _keep(self, records: "List[Record]", lines: bytes) -> None:
         self.records.extend(records)
 
-    def _refuse(self, records: "List[Any]", reason: str) -> None:
-        """A request with these *records*, none where it had no such, is refused."""
+    def _refuse(self, records: "List[Any]", place: int, reason: str) -> None:
+        """A request is refused for the record at *place*, from 1; one that has no *records*, for what it is."""
 
 
 def _host_name(host: str) -> str:
@@ -5560,15 +5566,6 @@ def _received(body: bytes) -> "List[Any]":
     if not isinstance(found, list) or not found:
         raise ValueError(rule + ", at least one")
     return found
-
-
-def _check_all(records: "List[Any]") -> None:
-    """Raise ValueError that says which of *records*, which field and which rule, where one is bad."""
-    for number, record in enumerate(records, 1):
-        try:
-            _check_record(record)
-        except AnalysysPythonSdkIllegalDataException as error:
-            raise ValueError("record %d of %d: %s" % (number, len(records), error)) from None
 
 
 ########################################################################################################################
@@ -5609,19 +5606,17 @@ class _Feed:
         self._size = 0  # bytes of these
         self._rates: "Deque[List[int]]" = collections.deque(maxlen=_RATED)  # [second, accepted, refused]
 
-    def add(self, records: "List[Any]", reasons: "Callable[[int], Optional[str]]", refused: int) -> None:
-        """Add the events of one request; *reasons* tells why the record at a place is refused."""
+    def add(self, records: "List[Any]", reasons: "List[Optional[str]]") -> None:
+        """Add the events of one request, which is taken or refused whole: *reasons* has why for each, or None."""
         now = time.time()
         with self.changed:
-            skipped = max(0, len(records) - _MAX_EVENTS)
-            self.number += skipped
-            for place in range(skipped, len(records)):
+            self.number += max(0, len(records) - _MAX_EVENTS)
+            for record, reason in zip(records[-_MAX_EVENTS:], reasons[-_MAX_EVENTS:]):
                 self.number += 1
-                self._append(_event_line(self.number, now, reasons(place), records[place]))
+                self._append(_event_line(self.number, now, reason, record))
             if not self._rates or self._rates[-1][0] != int(now):
                 self._rates.append([int(now), 0, 0])
-            self._rates[-1][1] += len(records) - refused
-            self._rates[-1][2] += refused
+            self._rates[-1][1 if reasons[0] is None else 2] += len(records)
             self.changed.notify_all()
 
     def clear(self) -> None:
@@ -5706,8 +5701,7 @@ class _Site(Receiver):
             self.printer.add(None, told["msg"])
         return status, told
 
-    def _keep(self, records: "List[Record]") -> None:
-        lines = b"".join(map(_line, records))
+    def _keep(self, records: "List[Record]", lines: bytes) -> None:
         if self._log is not None:
             self._log._put(lines, False)  # one write, whole or not at all; so is the other
         try:
@@ -5719,20 +5713,21 @@ class _Site(Receiver):
             raise
         for record in records:
             self.inventory.add(record)
-        self.feed.add(records, lambda place: None, 0)
-        for record in records:
-            self.printer.add(record, None)
+        self._show(records, [None] * len(records))
 
-    def _refuse(self, records: "List[Any]", reason: str) -> None:
-        found = re.match(r"record (\d+) of ", reason)
-        bad, other = (int(found.group(1)), "refused with record %s" % found.group(1)) if found else (1, reason)
+    def _refuse(self, records: "List[Any]", place: int, reason: str) -> None:
         objects = [record if isinstance(record, dict) else None for record in records]
-        if not any(record is not None for record in objects):
-            objects, bad = [None], 1
+        if objects.count(None) == len(objects):  # no array of at least one object: C8
+            objects, place = [None], 1
         self.inventory.refused += len(objects)
-        self.feed.add(objects, lambda place: reason if place + 1 == bad else other, len(objects))
-        for place, record in enumerate(objects, 1):
-            self.printer.add(record, reason if place == bad else other)
+        reasons: "List[Optional[str]]" = ["refused with record %d" % place] * len(objects)
+        reasons[place - 1] = reason
+        self._show(objects, reasons)
+
+    def _show(self, records: "List[Any]", reasons: "List[Optional[str]]") -> None:
+        self.feed.add(records, reasons)
+        for record, reason in zip(records, reasons):
+            self.printer.add(record, reason)
 
     def _page(self, _: "_Request") -> "_Reply":
         import hashlib

@@ -7748,6 +7748,8 @@ def test_a_refusal_names_record_field_and_rule():
         for digits in "1" * 1200, 10 ** 1200:
             told = post(server.url, json.dumps([changed({"a": digits})]).encode())[1]["msg"]
             assert told.startswith("record 1 of 1: ") and "'a'" in told
+        half = json.dumps([record("u", "Event"), dict(record("u", "Event"), extra="\ud800")]).encode()    # of a character
+        assert post(server.url, half)[1]["msg"].startswith("record 2 of 2: ")
         for body in (b"{}", gzip.compress(ONE), b"data=" + ONE, ONE + b"x", b"[NaN]", b'["\xe9"]', b"[]", encode({"a": 1}),
                      b"[" * 10 ** 5):
             assert "array of records, plain or as base64 of gzip" in post(server.url, body)[1]["msg"]
