@@ -5171,22 +5171,22 @@ class _Connection:
     def __init__(self, listener: "_Listener", sock: "Any") -> None:
         self.sock = sock
         self.idle_since = _CLOCK.now()  # infinity from when the head of a request is there until it is answered
-        self._listener = listener
+        self.listener = listener
         self._buffer = bytearray()  # received, and not yet looked at
 
     def run(self) -> None:
         """Answer requests until the client is gone, or has to go."""
         try:
             self.sock.settimeout(_CLIENT_TIMEOUT)
-            if self._listener.tls is not None:
-                self.sock = self._listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+            if self.listener.tls is not None:
+                self.sock = self.listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
                 self.sock.do_handshake()  # here, where a slow one holds up nobody, and close() ends it
             while self._exchange():
                 self.idle_since = _CLOCK.now()
         except (OSError, ValueError):  # gone, too slow, or no TLS
             pass
         finally:
-            self._listener.forget(self)
+            self.listener.forget(self)
 
     def send(self, pieces: "Iterable[bytes]") -> None:
         self.sock.settimeout(_CLIENT_TIMEOUT)
@@ -5222,8 +5222,8 @@ class _Connection:
                 return method, None, False
             request, keep = _parse_head(head)
             method = request.method
-            self._listener.site._admit(request)
-            return method, self._listener.site._answer(request._replace(body=self._body(request))), keep
+            self.listener.site._admit(request)
+            return method, self.listener.site._answer(request._replace(body=self._body(request))), keep
         except _Trouble as trouble:  # what the client sent may be unread
             return method, _json_reply(trouble.status, {"code": trouble.status, "msg": str(trouble)}), False
         except OSError:
@@ -5231,7 +5231,7 @@ class _Connection:
         except Exception as error:  # a defect of ours, or no memory left, is the client's to hear of
             return method, _json_reply(500, {"code": 500, "msg": "%s: %s" % (type(error).__name__, error)}), False
         finally:
-            self._listener.bodies.hold(self, 0)
+            self.listener.bodies.hold(self, 0)
 
     def _head(self) -> bytes:
         """Return the head of the next request, without the empty line; nothing where the client leaves instead."""
@@ -5259,7 +5259,7 @@ class _Connection:
         deadline = _CLOCK.now() + _CLIENT_TIMEOUT + size / _SLOWEST
         while len(self._buffer) < size:
             most = min(_PIECE, size - len(self._buffer))
-            deadline += self._listener.bodies.hold(self, len(self._buffer) + most)
+            deadline += self.listener.bodies.hold(self, len(self._buffer) + most)
             if not self._receive(min(deadline, _CLOCK.now() + _CLIENT_TIMEOUT), most):
                 raise _Trouble(400, "the body is cut short")
         rest = self._buffer[size:]  # little: a body may be large, and is copied once
@@ -5348,7 +5348,6 @@ class _Listener:
             self._sock.listen(_BACKLOG)
             self.address: "Any" = self._sock.getsockname()
             self._thread = threading.Thread(target=self._accept, daemon=True)
-            site._listener = self  # before anybody asks
             self._thread.start()
         except BaseException:
             self._sock.close()
@@ -5411,20 +5410,17 @@ class Receiver:
     refused whole. Any thread may call any method.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._open(host, port)
+    _tls: "Any" = None  # an ssl.SSLContext
+    _names = frozenset(("localhost",))  # that a Host header may have, in lower case
+    _cors: "FrozenSet[str]" = frozenset()  # the origins whose pages may post, in lower case
 
-    def _open(
-        self, host: str, port: int, tls: "Any" = None, names: "Iterable[str]" = (), cors: "Iterable[str]" = ()
-    ) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self.records: "List[Record]" = []
         # Guards records and failures, and holds the bodies of others back; notified by what arrives.
         self._arrived = threading.Condition()
         self._failures: "Deque[List[Any]]" = collections.deque()  # [how many posts to come, what _take() returns then]
-        self._names = {name.lower() for name in names if name} | {"localhost"}  # that a Host header may have
-        self._cors = frozenset(origin.lower() for origin in cors)  # whose pages may post
         try:
-            self._listener: "_Listener" = _Listener(self, host, port, tls)
+            self._listener = _Listener(self, host, port, self._tls)
         except (OSError, RuntimeError, OverflowError, UnicodeError) as error:
             message = "cannot listen on %s, port %s: %s" % (host, port, error)
             if getattr(error, "errno", None) == errno.EADDRINUSE:
@@ -5432,7 +5428,7 @@ class Receiver:
             raise AnalysysPythonSdkException(message) from error
         self.address, port = self._listener.address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # one that can be opened
-        self.url = "http%s://%s:%d" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port)
+        self.url = "http%s://%s:%d" % ("s" if self._tls else "", "[%s]" % host if ":" in host else host, port)
 
     def __enter__(self) -> "Receiver":
         return self
@@ -5475,7 +5471,7 @@ class Receiver:
         """Raise where a page of another origin asks, or one that got here by a name of its own (DNS rebinding): C8."""
         headers, is_up = request.headers, request.path.endswith("/up")
         host, origin = headers.get("host", "").lower(), headers["origin"].lower() if "origin" in headers else None
-        site, scheme = headers.get("sec-fetch-site", "none"), "http" if self._listener.tls is None else "https"
+        site, scheme = headers.get("sec-fetch-site", "none"), "https" if self._tls else "http"
         is_known = _host_name(host) in self._names or _is_address(_host_name(host))
         if not is_known and not is_up:
             raise _Trouble(403, "this page is not for the host %r: --allow-host NAME allows one" % host[:100])
@@ -5668,6 +5664,9 @@ class _Site(Receiver):
         self.inventory = _Inventory()  # under _arrived
         self._log = log  # a LogCollecter or None
         self._forward = forward  # a BatchCollecter with a spool, or None
+        self._tls = tls
+        self._names |= {name.lower() for name in [options.host] + options.allow_host if name}
+        self._cors = frozenset(origin.lower() for origin in options.cors)
         self._routes = {
             ("GET", "/"): self._page,
             ("GET", "/api/events"): self._events,
@@ -5677,7 +5676,7 @@ class _Site(Receiver):
             ("GET", "/api/rates"): self._rates,
             ("POST", "/api/fail"): self._fail_next,
         }
-        self._open(options.host, options.port, tls, [options.host] + options.allow_host, options.cors)
+        super().__init__(options.host, options.port)
 
     def clear(self) -> None:
         """Forget events, inventory, counts, and failures to come."""
@@ -5786,7 +5785,7 @@ class _Site(Receiver):
             total = feed.total  # bytes that it has, or need not have yet: what came before it is no lag
         while True:
             self._push(connection, data, total)
-            if self._listener.closed.wait(_GATHER):
+            if connection.listener.closed.wait(_GATHER):
                 return
             with feed.changed:
                 if feed.number <= at and not is_lost:  # it has everything; what comes now in one request is no lag
