@@ -5195,6 +5195,8 @@ class _Connection:
 
     def _exchange(self) -> bool:
         """Answer one request; return whether there may be another."""
+        import email.utils
+
         method, reply, keep = self._reply()
         if reply is None:
             return False
@@ -5204,7 +5206,8 @@ class _Connection:
         lines += map(": ".join, sorted(reply.headers.items()))
         if not streams and reply.status != 204:
             lines.append("Content-Length: %d" % sum(map(len, reply.payload)))
-        lines += ["Date: " + _http_date(int(time.time())), "Connection: " + ("keep-alive" if keep else "close"), "", ""]
+        lines += ["Date: " + email.utils.formatdate(usegmt=True)]
+        lines += ["Connection: " + ("keep-alive" if keep else "close"), "", ""]
         pieces = [] if streams or is_bare else reply.payload
         self.send(["\r\n".join(lines).encode("latin-1") + b"".join(pieces[:1])] + pieces[1:])  # one packet, mostly
         if streams and not is_bare:
@@ -5285,13 +5288,6 @@ class _Connection:
         self.sock.shutdown(socket.SHUT_WR)
         while _CLOCK.now() < deadline and self._receive(deadline):
             del self._buffer[:]
-
-
-@functools.lru_cache(1)  # once a second
-def _http_date(now: int) -> str:
-    import email.utils
-
-    return email.utils.formatdate(now, usegmt=True)
 
 
 def _parse_head(head: bytes) -> "Tuple[_Request, bool]":
@@ -5472,7 +5468,7 @@ class Receiver:
         headers, is_up = request.headers, request.path.endswith("/up")
         host, origin = headers.get("host", "").lower(), headers["origin"].lower() if "origin" in headers else None
         site, scheme = headers.get("sec-fetch-site", "none"), "https" if self._tls else "http"
-        is_known = _host_name(host) in self._names or _is_address(_host_name(host))
+        is_known = _is_named(host, self._names)
         if not is_known and not is_up:
             raise _Trouble(403, "this page is not for the host %r: --allow-host NAME allows one" % host[:100])
         if origin in self._cors and is_up:
@@ -5535,16 +5531,13 @@ class Receiver:
         """A request is refused for the record at *place*, from 1; one that has no *records*, for what it is."""
 
 
-def _host_name(host: str) -> str:
-    """Return the name or address in a Host header."""
-    return re.sub(r":[0-9]*$", "", host).strip("[]") if host.count(":") < 2 or host[:1] == "[" else ""
-
-
-def _is_address(text: str) -> bool:
+def _is_named(host: str, names: "Iterable[str]") -> bool:
+    """Tell whether a Host header has one of *names*, or a literal address, which no DNS can rebind."""
     import ipaddress
 
+    name = re.sub(r":[0-9]*$", "", host).strip("[]") if host.count(":") < 2 or host[:1] == "[" else ""
     try:
-        return bool(ipaddress.ip_address(text))
+        return name in names or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
 
