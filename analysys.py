@@ -5126,7 +5126,7 @@ _SLOWEST = 128 * 1024  # bytes a second that a body comes with, once those secon
 _HEADER_NAME = r"[!-9;-~]+"
 
 _Request = collections.namedtuple("_Request", "method path query headers body")
-_Reply = collections.namedtuple("_Reply", "status headers payload")  # payload: pieces of bytes, or what streams them
+_Reply = collections.namedtuple("_Reply", "status headers payload")  # payload: a list of bytes, or what yields them
 
 
 class _Trouble(Exception):
@@ -5200,18 +5200,17 @@ class _Connection:
         method, reply, keep = self._reply()
         if reply is None:
             return False
-        streams, is_bare = callable(reply.payload), method == "HEAD" or reply.status in (204, 304)
-        keep = keep and not streams
         lines = ["HTTP/1.1 %d %s" % (reply.status, "OK" if reply.status < 300 else "Error")]
         lines += map(": ".join, sorted(reply.headers.items()))
-        if not streams and reply.status != 204:
+        if not isinstance(reply.payload, list):  # nobody knows how long it will be
+            keep = False
+        elif reply.status != 204:
             lines.append("Content-Length: %d" % sum(map(len, reply.payload)))
         lines += ["Date: " + email.utils.formatdate(usegmt=True)]
         lines += ["Connection: " + ("keep-alive" if keep else "close"), "", ""]
-        pieces = [] if streams or is_bare else reply.payload
-        self.send(["\r\n".join(lines).encode("latin-1") + b"".join(pieces[:1])] + pieces[1:])  # one packet, mostly
-        if streams and not is_bare:
-            reply.payload(self)
+        pieces = iter([] if method == "HEAD" or reply.status in (204, 304) else reply.payload)
+        head = "\r\n".join(lines).encode("latin-1")
+        self.send(itertools.chain([head + next(pieces, b"")], pieces))  # one packet, mostly
         if not keep:
             self._drain()
         return keep
@@ -5569,7 +5568,6 @@ _MAX_EVENTS = 1000  # kept to look at: C8
 _MAX_EVENT_BYTES = 16 * 1024 * 1024  # kept of them in all, though the last one may be larger
 _MAX_SHOWN = 4 * 1024 * 1024  # bytes of a record that is kept to look at
 _MAX_LAG = 1024 * 1024  # bytes that a page may be behind: C8
-_LAG_LOOK = 1.0  # seconds after which it is looked whether it is
 _ALIVE_EVERY = 15.0  # seconds between comments in a stream: C8
 _GATHER = 0.05  # seconds in which events are gathered for a page
 _RATED = 300  # seconds that the page's chart goes back
@@ -5765,51 +5763,37 @@ class _Site(Receiver):
         start = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else 0
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}  # for nginx
         headers.update(_HEADERS)
-        return _Reply(200, headers, lambda connection: self._follow(connection, start))
+        return _Reply(200, headers, self._follow(start))
 
-    def _follow(self, connection: "_Connection", start: int) -> None:
-        """Send events to one page as they come, until it leaves or lags; *start* is the last that it has, or 0.
+    def _follow(self, start: int) -> "Iterator[bytes]":
+        """Yield events for one page as they come, until it leaves or lags; *start* is the last that it has, or 0.
 
         One that has more than there is saw a server whose clock was ahead of ours: it is told to begin anew.
         """
         feed, data = self.feed, b"retry: 1000\n\n"
         with feed.changed:
-            at, is_lost = start or feed.cleared, start > feed.number
-            total = feed.total  # bytes that it has, or need not have yet: what came before it is no lag
+            at = -1 if start > feed.number else start or feed.cleared
+            total = feed.total  # bytes that it has once it takes *data*, or need not have: what came before is no lag
         while True:
-            self._push(connection, data, total)
-            if connection.listener.closed.wait(_GATHER):
-                return
+            for place in range(0, len(data), _PIECE):
+                if feed.total - total > _MAX_LAG:
+                    return
+                yield data[place : place + _PIECE]
+            time.sleep(_GATHER)
             with feed.changed:
-                if feed.number <= at and not is_lost:  # it has everything; what comes now in one request is no lag
+                if feed.number <= at:  # it has everything; what comes now in one request is no lag
                     feed.changed.wait(_ALIVE_EVERY)  # for new events, or clear()
                     total = feed.total
-                elif feed.total - total > _MAX_LAG:
-                    return
-                cleared = is_lost or feed.cleared > at
-                at, is_lost = (feed.cleared if cleared else at), False
+                is_cleared = feed.cleared > at
+                at = feed.cleared if is_cleared else at
                 found = feed.after(at, _MAX_LAG // 4)
                 newest = feed.number
-            pieces = [b"id: %d\nevent: clear\ndata: {}\n\n" % at] if cleared else []
+            pieces = [b"id: %d\nevent: clear\ndata: {}\n\n" % at] if is_cleared else []
             for number, had, line in found:
                 pieces.append(b"id: %d\ndata: %s\n" % (number, line))
                 at, total = number, max(total, had)
             at = at if found else newest
             data = b"".join(pieces) or b":\n\n"
-
-    def _push(self, connection: "_Connection", data: bytes, total: int) -> None:
-        """Send *data* to a page that has *total* bytes of the feed then; raise OSError where it lags."""
-        import socket
-
-        rest, deadline = memoryview(data), _CLOCK.now() + _CLIENT_TIMEOUT
-        connection.sock.settimeout(_LAG_LOOK)
-        while rest:
-            try:
-                rest = rest[connection.sock.send(rest) :]
-                deadline = _CLOCK.now() + _CLIENT_TIMEOUT
-            except socket.timeout:
-                if self.feed.total - total > _MAX_LAG or _CLOCK.now() > deadline:
-                    raise
 
 
 class _Printer:
