@@ -5137,8 +5137,8 @@ class _Trouble(Exception):
         self.status = status
 
 
-def _json_reply(status: int, told: "Any", headers: "Iterable[Tuple[str, str]]" = ()) -> "_Reply":
-    return _Reply(status, dict(headers, **{"Content-Type": "application/json"}), [json.dumps(told).encode("ascii")])
+def _json_reply(status: int, told: "Any") -> "_Reply":
+    return _Reply(status, {"Content-Type": "application/json"}, [json.dumps(told).encode("ascii")])
 
 
 class _Bodies:
@@ -5492,8 +5492,9 @@ class Receiver:
                 return _Reply(204, headers, [])
         if request.method != "POST":
             raise _Trouble(405, "records are posted")
-        status, told = self._take(request.body)
-        return _json_reply(status, told, headers.items())
+        reply = _json_reply(*self._take(request.body))
+        reply.headers.update(headers)
+        return reply
 
     def _take(self, body: bytes) -> "Tuple[int, Record]":
         """Take the body of a request whole, or not at all; return the HTTP status and the JSON to answer."""
@@ -5578,7 +5579,13 @@ _HEADERS = {  # of everything that may show what came
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
 }
+_POLICY = (  # of the page: nothing from elsewhere, and only the style and script below
+    "default-src 'none'; style-src 'sha256-%s'; script-src 'sha256-%s'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
 
 
 class _Feed:
@@ -5680,7 +5687,9 @@ class _Site(Receiver):
         method = "GET" if request.method == "HEAD" else request.method
         route = self._routes.get((method, request.path))
         if route is not None:
-            return route(request)
+            reply = route(request)
+            reply.headers.update(_HEADERS)
+            return reply
         if any(path == request.path for _, path in self._routes):
             raise _Trouble(405, "%s is not for %s" % (request.path, request.method))
         return super()._answer(request)
@@ -5722,14 +5731,10 @@ class _Site(Receiver):
     def _page(self, _: "_Request") -> "_Reply":
         import hashlib
 
-        policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        policy += "frame-ancestors 'none'; require-trusted-types-for 'script'"
-        for kind, source in (("style", _STYLE), ("script", _SCRIPT)):
-            digest = binascii.b2a_base64(hashlib.sha256(source.encode("utf-8")).digest(), newline=False)
-            policy += "; %s-src 'sha256-%s'" % (kind, digest.decode())
+        digests = [hashlib.sha256(source.encode("utf-8")).digest() for source in (_STYLE, _SCRIPT)]
+        policy = _POLICY % tuple(binascii.b2a_base64(digest, newline=False).decode() for digest in digests)
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        headers.update({"Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin"})
-        return _Reply(200, dict(_HEADERS, **headers), [(_HTML % (_STYLE, _SCRIPT)).encode("utf-8")])
+        return _Reply(200, headers, [(_HTML % (_STYLE, _SCRIPT)).encode("utf-8")])
 
     def _events(self, request: "_Request") -> "_Reply":
         found = re.fullmatch(r"(?:after=([0-9]{1,18}))?", request.query)
@@ -5737,32 +5742,30 @@ class _Site(Receiver):
             raise _Trouble(400, "the query must be after=N or nothing")
         with self.feed.changed:
             lines = [line for _, _, line in self.feed.after(int(found.group(1) or 0))]
-        return _Reply(200, dict(_HEADERS, **{"Content-Type": "application/x-ndjson; charset=utf-8"}), lines or [b""])
+        return _Reply(200, {"Content-Type": "application/x-ndjson; charset=utf-8"}, lines)
 
     def _clear(self, _: "_Request") -> "_Reply":
         self.clear()
-        return _Reply(204, _HEADERS, [b""])
+        return _Reply(204, {}, [])
 
     def _as_inventory(self, _: "_Request") -> "_Reply":
         with self._arrived:  # it is not a copy
-            return _json_reply(200, self.inventory.as_json(), _HEADERS.items())
+            return _json_reply(200, self.inventory.as_json())
 
     def _rates(self, _: "_Request") -> "_Reply":
-        return _json_reply(200, {"now": int(time.time()), "rates": self.feed.rates()}, _HEADERS.items())
+        return _json_reply(200, {"now": int(time.time()), "rates": self.feed.rates()})
 
     def _fail_next(self, request: "_Request") -> "_Reply":
         try:
-            asked = _decode(request.body or b"{}")
-            self.fail_next(**asked)
+            self.fail_next(**_decode(request.body or b"{}"))
         except (ValueError, TypeError, RecursionError) as error:
             raise _Trouble(400, "number, status and code are asked for in JSON: %s" % str(error)[:200]) from None
-        return _Reply(204, _HEADERS, [b""])
+        return _Reply(204, {}, [])
 
     def _stream(self, request: "_Request") -> "_Reply":
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else 0
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}  # for nginx
-        headers.update(_HEADERS)
         return _Reply(200, headers, self._follow(start))
 
     def _follow(self, start: int) -> "Iterator[bytes]":
