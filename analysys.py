@@ -5660,8 +5660,8 @@ class _Site(Receiver):
         self.feed = _Feed()
         self.printer = _Printer()
         self.inventory = _Inventory()  # under _arrived
-        self._log = log  # a LogCollecter or None
-        self._forward = forward  # a BatchCollecter with a spool, or None
+        self.log = log  # a LogCollecter or None
+        self.forward = forward  # a BatchCollecter with a spool, or None
         self._tls = tls
         self._names |= {name.lower() for name in [options.host] + options.allow_host if name}
         self._cors = frozenset(origin.lower() for origin in options.cors)
@@ -5675,6 +5675,12 @@ class _Site(Receiver):
             ("POST", "/api/fail"): self._fail_next,
         }
         super().__init__(options.host, options.port)
+
+    def close(self) -> None:
+        """Stop listening; what is not forwarded stays in the spool."""
+        super().close()
+        if self.forward is not None:
+            self.forward.close(0.2)
 
     def clear(self) -> None:
         """Forget events, inventory, counts, and failures to come."""
@@ -5701,14 +5707,14 @@ class _Site(Receiver):
         return status, told
 
     def _keep(self, records: "List[Record]", lines: bytes) -> None:
-        if self._log is not None:
-            self._log._put(lines, False)  # one write, whole or not at all; so is the other
+        if self.log is not None:
+            self.log._put(lines, False)  # one write, whole or not at all; so is the other
         try:
-            if self._forward is not None:
-                self._forward._put(lines, any(record["xwhat"] == _ALIAS for record in records))
+            if self.forward is not None:
+                self.forward._put(lines, any(record["xwhat"] == _ALIAS for record in records))
         except Exception:
-            if self._log is not None:
-                self._log._state().take_back(lines)
+            if self.log is not None:
+                self.log._state().take_back(lines)
             raise
         for record in records:
             self.inventory.add(record)
@@ -5803,7 +5809,7 @@ class _Printer:
     """Prints a line a record in the main thread, at most 100 a second: a terminal that stands still holds up nobody."""
 
     def __init__(self) -> None:
-        self.is_over = False
+        self._is_over = False
         self._changed = _Signal()  # there are lines, or it is over
         self._lock = threading.Lock()  # guards what follows
         self._lines: "List[str]" = []  # text and no records, which would be kept as long as a terminal stands still
@@ -5826,13 +5832,15 @@ class _Printer:
 
     def run(self) -> None:
         """Print until it is over."""
-        while not self.is_over:
-            self._changed.wait_for(lambda: self._lines or self.is_over, _CLOCK.now() + 1)
+        while not self._is_over:
+            self._changed.wait_for(lambda: self._lines or self._is_over, _CLOCK.now() + 1)
             self.show()
 
-    def stop(self) -> None:
-        """Have run() return soon. Takes no lock: a signal handler may call it."""
-        self.is_over = True
+    def stop(self, *_: "Any") -> None:
+        """Have run() return soon. A signal handler: takes no lock, and raises nothing that would cut the end short."""
+        if not self._is_over:
+            _alarm(1)
+        self._is_over = True
         self._changed.notify()
 
     def show(self) -> None:
@@ -5850,6 +5858,24 @@ class _Printer:
             if self._more:
                 self._lines.append("… {:,} more".format(self._more))
                 self._more = 0
+
+
+def _alarm(seconds: int) -> None:
+    """Have SIGALRM come every so many *seconds*, where there is one; 0: no more."""
+    import signal
+
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+
+
+def _let_go(*_: "Any") -> None:
+    """Where nobody reads what we print, and we wait for that, have it go nowhere."""
+    import select
+
+    output = select.poll()
+    output.register(1, select.POLLOUT)
+    if not output.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _event_text(record: "Any", reason: "Optional[str]", columns: int) -> str:
@@ -5880,52 +5906,13 @@ def _fit(text: str, width: int) -> str:
 
 def _serve(arguments: "Any") -> int:
     """Run a site until a signal comes; print what arrives, and how much it was."""
-    # What is needed while it runs: out of an import, a signal may come as another error than KeyboardInterrupt.
-    import select
+    import select  # noqa: F401  # what is needed while it runs: no signal is to come amid an import
     import shutil  # noqa: F401
-    import signal
 
-    def let_go(*_: "Any") -> None:
-        """Where nobody reads what we print, and we wait for that, have it go nowhere."""
-        output = select.poll()
-        output.register(1, select.POLLOUT)
-        if not output.poll(0):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    if bool(arguments.forward) != bool(arguments.spool_path):
-        raise _illegal("--spool-path", arguments.spool_path, "must be given with --forward, and only then")
-    for origin in arguments.cors:
-        if not re.fullmatch(r"https?://[^/?#*@\s]+", origin, re.IGNORECASE):
-            raise _illegal("--cors", origin, "must be an origin, like http://localhost:3000, without a path")
-    tls, log, forward = _server_tls(arguments.tls), None, None
-    if arguments.forward:
-        told = functools.partial(_print_error, "not forwarded")
-        forward = BatchCollecter(arguments.forward, 1, 500, 500, spool_path=arguments.spool_path, on_error=told)
-    try:
-        if arguments.log_path:
-            log = LogCollecter(arguments.log_path)
-            found = _look_at_directory(arguments.log_path, False, 0)
-            if found.state == "FAIL":
-                raise AnalysysPythonSdkFileException("--log-path: " + found.seen)
-        site = _Site(arguments, tls, log, forward)
-    except AnalysysPythonSdkException:
-        if forward is not None:
-            forward.close(0)
-        raise
+    site, kept = _open_site(arguments), {}
     is_private = _is_loopback("[%s]" % site.address if ":" in site.address else site.address)
-    clock = getattr(signal, "SIGALRM", None)
-
-    def stop(*_: "Any") -> None:  # raises nothing: nothing of the end, which counts, is cut short by one more signal
-        if clock and not site.printer.is_over:
-            signal.setitimer(signal.ITIMER_REAL, 1, 1)
-        site.printer.stop()
-
-    handlers = [(signal.SIGINT, stop), (signal.SIGTERM, stop)] + ([(clock, let_go)] if clock else [])
-    kept = {number: signal.getsignal(number) for number, _ in handlers}
     try:
-        for number, handler in handlers:
-            if kept[number] is not signal.SIG_IGN or number != signal.SIGINT:  # as a shell's background job has it
-                signal.signal(number, handler)
+        kept = _handle(SIGINT=site.printer.stop, SIGTERM=site.printer.stop, SIGALRM=_let_go)
         _print("serving on %s" % site.url)
         if not is_private:
             _print("analysys: whoever reaches %s can read what comes in" % site.address, "stderr")
@@ -5934,24 +5921,38 @@ def _serve(arguments: "Any") -> int:
         site.printer.show()
         # Not as_json(): a request may still be at work, and counts.
         summary = "{:,} accepted, {:,} refused".format(site.inventory.accepted, site.inventory.refused)
-        if forward is not None:
-            forward.close(0.2)
-            summary += "; {:,} wait in {}".format(forward.stats()["pending"], arguments.spool_path)
+        if site.forward is not None:
+            summary += "; {:,} wait in {}".format(site.forward.stats()["pending"], arguments.spool_path)
         _print(summary)
     finally:
         site.close()
-        if clock:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        _alarm(0)
         _restore(kept)
     return _DONE
 
 
-def _restore(handlers: "Dict[int, Any]") -> None:
-    """Give signals their *handlers* back; where this process ends now, one more signal would only spoil its status."""
-    import signal
-
-    for number, handler in handlers.items():
-        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
+def _open_site(arguments: "Any") -> "_Site":
+    """Return the site that the options ask for, or raise what is wrong with them."""
+    if bool(arguments.forward) != bool(arguments.spool_path):
+        raise _illegal("--spool-path", arguments.spool_path, "must be given with --forward, and only then")
+    for origin in arguments.cors:
+        if not re.fullmatch(r"https?://[^/?#*@\s]+", origin, re.IGNORECASE):
+            raise _illegal("--cors", origin, "must be an origin, like http://localhost:3000, without a path")
+    tls, log, forward = _server_tls(arguments.tls), None, None
+    if arguments.log_path:
+        log = LogCollecter(arguments.log_path)
+        found = _look_at_directory(arguments.log_path, False, 0)
+        if found.state == "FAIL":
+            raise AnalysysPythonSdkFileException("--log-path: " + found.seen)
+    if arguments.forward:
+        told = functools.partial(_print_error, "not forwarded")
+        forward = BatchCollecter(arguments.forward, 1, 500, 500, spool_path=arguments.spool_path, on_error=told)
+    try:
+        return _Site(arguments, tls, log, forward)
+    except AnalysysPythonSdkException:
+        if forward is not None:
+            forward.close(0)
+        raise
 
 
 def _server_tls(files: "Optional[List[str]]") -> "Any":
@@ -8424,8 +8425,6 @@ def _calm_ctrl_c() -> "Dict[int, Any]":
 
     Return the handler that it had.
     """
-    import signal
-
     not_before = 0.0
 
     def interrupt(*_: "Any") -> None:
@@ -8434,11 +8433,27 @@ def _calm_ctrl_c() -> "Dict[int, Any]":
             not_before = _CLOCK.now() + 1
             raise KeyboardInterrupt
 
-    kept = signal.getsignal(signal.SIGINT)
-    if kept is not signal.default_int_handler:  # ignored, as a shell's background job has it
-        return {}
-    signal.signal(signal.SIGINT, interrupt)
-    return {signal.SIGINT: kept}
+    return _handle(SIGINT=interrupt)
+
+
+def _handle(**handlers: "Any") -> "Dict[int, Any]":
+    """Give signals *handlers* by their names; return those that they had.
+
+    One that this system lacks, or that is ignored (by nohup, for a shell's background job), stays as it is.
+    """
+    import signal
+
+    there = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+    taken = [number for number in there if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, there[number]) for number in taken}
+
+
+def _restore(handlers: "Dict[int, Any]") -> None:
+    """Give signals their *handlers* back; where this process ends now, one more signal would only spoil its status."""
+    import signal
+
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
 
 
 def _parser() -> "Any":

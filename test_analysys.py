@@ -8493,7 +8493,7 @@ def test_what_the_spool_of_forward_has_no_room_for_is_not_in_the_log_and_of_one_
     forward = BatchCollecter(URL, spool_path=str(tmp_path / "spool"), spool_max_bytes=1 << 20, queue_timeout=0)
     log = LogCollecter(str(tmp_path / "log"))
     with site() as receiver:
-        receiver._log, receiver._forward, kept = log, forward, []
+        receiver.log, receiver.forward, kept = log, forward, []
         post(receiver.url, encode([record("u", "Before")]))
         kept.append(record("u", "Before"))
         for _ in range(50):
