@@ -6168,8 +6168,8 @@ function make(tag, name, text, ...children) {
   return element;
 }
 
-// ---- Events: the newest first. What comes while it is paused waits in `waiting`.
-let events = [], waiting = [], newest = 0, chosen = null, paused = false, stale = true;
+// ---- Events: the newest first
+let events = [], newest = 0, chosen = null, paused = false, stale = true;
 
 function parse(line) {
   const event = JSON.parse(line), record = event.record || {};
@@ -6209,23 +6209,21 @@ function row(event) {
   return event.row;
 }
 
-function hint() {
-  $("hint").textContent = $("rows").firstChild ? "" : events.length ? t("none") : t("nothing", location.origin);
+// What is drawn again and again keeps its elements: a click or a focus would be lost with them.
+function arrange(parent, children) {
+  const wanted = new Set(children);
+  for (const one of [...parent.children]) if (!wanted.has(one)) one.remove();
+  let next = parent.firstChild;
+  for (const one of children)
+    if (one === next) next = next.nextSibling;
+    else parent.insertBefore(one, next);
 }
 
 function show() {
-  $("rows").replaceChildren(...events.filter(fits).map(row));
-  hint();
-}
-
-function add(fresh) {  // oldest first
-  events = fresh.slice().reverse().concat(events);
-  for (const old of events.splice(KEPT)) if (old.row) old.row.remove();
-  const rows = fresh.filter(event => fits(event) && event.n >= events[events.length - 1].n).map(row).reverse();
-  rows.slice(0, 50).forEach(one => one.classList.add("fresh"));
-  $("rows").prepend(...rows);
+  const rows = events.filter(fits).map(row);
+  arrange($("rows"), rows);
+  $("hint").textContent = rows.length ? "" : events.length ? t("none") : t("nothing", location.origin);
   options($("platform"), t("platform"), events.map(event => event.platform));
-  hint();
 }
 
 function options(select, title, names, show = name => name.slice(0, 60)) {
@@ -6321,21 +6319,12 @@ function draw(now, rates) {
   $("chart").setAttribute("aria-label", t("chart", number(rates.length ? peak : 0)));
 }
 
-// What is drawn again and again keeps its elements: a click or a focus would be lost with them.
 let drawn = new Map();
 
-function kept(key, build) {
+function kept(key, build) {  // what draws an event in its own elements
   if (drawn.size > 5 * SHOWN) drawn.clear();
   if (!drawn.has(key)) drawn.set(key, build());
   return drawn.get(key);
-}
-
-function arrange(parent, children) {
-  const old = new Set(parent.children), wanted = new Set(children);
-  for (const one of old) if (!wanted.has(one)) one.remove();
-  children.forEach((one, place) => {
-    if (parent.children[place] !== one) parent.insertBefore(one, parent.children[place] || null);
-  });
 }
 
 function count() {
@@ -6344,7 +6333,7 @@ function count() {
   $("refused").textContent = number(inventory.refused);
   options($("what"), t("what"), sorted.slice(0, SHOWN).map(([name]) => name).concat(events.map(event => event.what)));
   const top = sorted.slice(0, 50);
-  const items = top.map(([name, event]) => kept("count " + name, () => countOf(name)).draw(event, top[0][1].count));
+  const items = top.map(([name, event]) => kept("count " + name, () => countOf(name))(event, top[0][1].count));
   if (sorted.length > 50) items.push(make("li", "", t("more", number(sorted.length - 50))));
   arrange($("counts"), items);
   if (!$("inventory").hidden) list(sorted);
@@ -6355,12 +6344,12 @@ function countOf(name) {
   const button = make("button", "", undefined, make("bdi", "", name), amount, bar);
   const item = make("li", "", undefined, button);
   button.onclick = () => { $("what").value = $("what").value === name ? "" : name; show(); count(); };
-  return { draw: (event, most) => {
+  return (event, most) => {
     amount.textContent = number(event.count);
     bar.style.width = 100 * event.count / most + "%";
     button.setAttribute("aria-pressed", $("what").value === name);
     return item;
-  } };
+  };
 }
 
 function list(sorted) {
@@ -6374,7 +6363,7 @@ function list(sorted) {
   if (inventory.cut) parts.push(make("p", "bad", t("cut")));
   const bad = new Set(conflicts.map(conflict => conflict.property));
   for (const [name, event] of sorted.slice(0, SHOWN))
-    parts.push(kept("event " + name, () => eventOf(name, sorted.length <= 12)).draw(event, bad));
+    parts.push(kept("event " + name, () => eventOf(name, sorted.length <= 12))(event, bad));
   if (sorted.length > SHOWN) parts.push(make("p", "", t("more", number(sorted.length - SHOWN))));
   if (!sorted.length) parts.push(make("p", "", t("nothing", location.origin)));
   arrange($("inventory"), parts);
@@ -6384,15 +6373,13 @@ function eventOf(name, open) {
   const times = make("small"), table = make("table");
   const title = make("summary", "", undefined, make("bdi", "", name), " ", times);
   const details = make("details", "", undefined, title, table);
-  let draw = () => {};
   details.open = open;
-  details.ontoggle = () => draw();
-  return { draw: (event, bad) => {
+  details.ontoggle = count;
+  return (event, bad) => {
     times.textContent = t("times", number(event.count));
-    draw = () => table.replaceChildren(...details.open ? properties(event, bad) : []);
-    draw();
+    table.replaceChildren(...details.open ? properties(event, bad) : []);
     return details;
-  } };
+  };
 }
 
 const tally = types => Object.entries(types).map(([type, times]) => `${type} ${number(times)}`).join(", ");
@@ -6420,58 +6407,50 @@ async function look() {  // where a look takes long, the next one is far
   setTimeout(look, Math.max(1000, 5 * (performance.now() - start)));
 }
 
-// ---- The stream. What came is gathered for a moment, so that thousands a second are shown a few times a second.
-let gathered = [], told = [0, 0], source = null;
+// ---- The stream. What came waits a moment, so that thousands a second are shown a few times a second; or while paused.
+let waiting = [], told = [0, 0], live = true;
 
 function connect() {
-  source = new EventSource("/api/stream");
-  source.onopen = () => { state(true); stale = true; };
+  const source = new EventSource("/api/stream");
+  source.onopen = () => { live = stale = true; };
   source.onerror = () => {
-    state(false);
+    live = false;
     if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000);
   };
   source.onmessage = message => {
     const event = parse(message.data);
     if (event.n <= newest) return;  // seen before the connection was lost
     newest = event.n;
-    if (!gathered.length) setTimeout(settle, 150);
-    gathered.push(event);
-    if (gathered.length > KEPT) gathered.shift();
+    waiting.push(event);
+    if (waiting.length > KEPT) waiting.shift();
+    told = [told[0] + 1, told[1] + (event.reason !== null)];
+    stale = true;
   };
   source.addEventListener("clear", message => {
     newest = +message.lastEventId;
-    events = []; waiting = []; gathered = []; stale = true;
+    events = []; waiting = []; stale = true;
     choose(null);
     $("detail").hidden = true;
     show();
-    state(true);
   });
 }
 
 function settle() {
-  const fresh = gathered;
-  gathered = [];
-  stale = true;
-  told = [told[0] + fresh.length, told[1] + fresh.filter(event => event.reason !== null).length];
-  if (paused) waiting = waiting.concat(fresh).slice(-KEPT);
-  else if (fresh.length) add(fresh);
-  if (paused) state(true);
-}
-
-function state(live) {
-  $("state").className = live ? "" : "off";
+  if (!paused && waiting.length) {
+    const fresh = waiting.splice(0).reverse();
+    events = fresh.concat(events).slice(0, KEPT);
+    fresh.slice(0, 50).forEach(event => row(event).classList.add("fresh"));
+    show();
+  }
   const text = !live ? t("off") : paused ? t("paused", number(waiting.length)) : t("live");
   if ($("state").textContent !== text) $("state").textContent = text;
+  $("state").className = live ? "" : "off";
 }
 
 function pause() {
   paused = !paused;
   $("pause").textContent = t(paused ? "resume" : "pause");
   $("pause").setAttribute("aria-pressed", paused);
-  const fresh = waiting;
-  waiting = [];
-  if (fresh.length) add(fresh);
-  state(source.readyState === EventSource.OPEN);
 }
 
 function turn(to) {
@@ -6502,7 +6481,6 @@ for (const one of document.querySelectorAll("[data-title]")) one.title = t(one.d
 for (const one of document.querySelectorAll("[data-label]")) one.setAttribute("aria-label", t(one.dataset.label));
 $("search").placeholder = t("search") + "  /";
 options($("what"), t("what"), []);
-options($("platform"), t("platform"), []);
 options($("outcome"), t("outcome"), ["accepted", "refused"], t);
 $("pause").textContent = t("pause");
 $("search").oninput = show;
@@ -6522,6 +6500,7 @@ draw(0, []);
 show();
 connect();
 look();
+setInterval(settle, 150);
 """
 
 
