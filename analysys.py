@@ -6160,11 +6160,10 @@ const visible = text => text.replace(/[\0-\t\v-\x1f\x7f-\x9f\u061c\u200e\u200f\u
   mark => "\\u" + mark.charCodeAt(0).toString(16).padStart(4, "0"));
 
 // Everything that is shown is made here, as text: what an event holds never becomes markup.
-function make(tag, name, text, ...children) {
+function make(tag, name, ...parts) {
   const element = document.createElement(tag);
   if (name) element.className = name;
-  if (text !== undefined) element.textContent = visible(text);
-  element.append(...children);
+  element.append(...parts.map(part => typeof part === "string" ? visible(part) : part));
   return element;
 }
 
@@ -6197,7 +6196,7 @@ function row(event) {
   const own = Object.entries(event.context).filter(([name]) => !hidden.test(name)).slice(0, 20);
   const rest = event.reason || own.map(([name, value]) => name + ": " + plain(value).slice(0, 100)).join(", ");
   const login = event.context.$is_login;
-  event.row = make("div", event.reason === null ? "row" : "row refused", undefined,
+  event.row = make("div", event.reason === null ? "row" : "row refused",
     make("span", "time", new Date(event.received).toLocaleTimeString("en-GB")),
     make("span", "what", event.what || "?"), make("span", "who", event.who), make("span", "platform", event.platform),
     make("span", "login", login === true ? t("yes") : login === false ? t("no") : ""),
@@ -6236,7 +6235,7 @@ function options(select, title, names, show = name => name.slice(0, 60)) {
 }
 
 function choose(event) {
-  if (chosen && chosen.row) chosen.row.setAttribute("aria-selected", "false");
+  if (chosen) chosen.row.setAttribute("aria-selected", "false");
   chosen = event;
   if (!event) return $("rows").removeAttribute("aria-activedescendant");
   event.row.setAttribute("aria-selected", "true");
@@ -6341,8 +6340,7 @@ function count() {
 
 function countOf(name) {
   const amount = make("span"), bar = make("i");
-  const button = make("button", "", undefined, make("bdi", "", name), amount, bar);
-  const item = make("li", "", undefined, button);
+  const button = make("button", "", make("bdi", "", name), amount, bar), item = make("li", "", button);
   button.onclick = () => { $("what").value = $("what").value === name ? "" : name; show(); count(); };
   return (event, most) => {
     amount.textContent = number(event.count);
@@ -6357,8 +6355,7 @@ function list(sorted) {
   if (conflicts.length) {
     const items = conflicts.slice(0, SHOWN).map(({ kind, property, types, spellings }) =>
       make("li", "", `${property} (${t(kind)}): ${tally(types)}; ${spellings.join(", ")}`));
-    const list = make("ul", "", undefined, ...items);
-    parts.push(make("div", "conflicts bad", undefined, make("h2", "", t("conflicts")), list));
+    parts.push(make("div", "conflicts bad", make("h2", "", t("conflicts")), make("ul", "", ...items)));
   }
   if (inventory.cut) parts.push(make("p", "bad", t("cut")));
   const bad = new Set(conflicts.map(conflict => conflict.property));
@@ -6371,8 +6368,7 @@ function list(sorted) {
 
 function eventOf(name, open) {
   const times = make("small"), table = make("table");
-  const title = make("summary", "", undefined, make("bdi", "", name), " ", times);
-  const details = make("details", "", undefined, title, table);
+  const details = make("details", "", make("summary", "", make("bdi", "", name), " ", times), table);
   details.open = open;
   details.ontoggle = count;
   return (event, bad) => {
@@ -6385,7 +6381,7 @@ function eventOf(name, open) {
 const tally = types => Object.entries(types).map(([type, times]) => `${type} ${number(times)}`).join(", ");
 
 function properties(event, bad) {
-  const line = (tag, name, texts) => make("tr", name, undefined, ...texts.map(text => make(tag, "", text)));
+  const line = (tag, name, texts) => make("tr", name, ...texts.map(text => make(tag, "", text)));
   const rows = Object.entries(event.properties).slice(0, SHOWN).map(([name, { types, example }]) =>
     line("td", bad.has(name.toLowerCase()) ? "bad" : "", [name, tally(types), plain(example)]));
   return [line("th", "", ["properties", "types", "example"].map(key => t(key))), ...rows];
