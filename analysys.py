@@ -5137,6 +5137,9 @@ class _Trouble(Exception):
         self.status = status
 
 
+_NO_REQUEST = _Request("", "", "", {}, b"")  # that could be understood
+
+
 def _json_reply(status: int, told: "Any") -> "_Reply":
     return _Reply(status, {"Content-Type": "application/json"}, [json.dumps(told).encode("ascii")])
 
@@ -5195,45 +5198,27 @@ class _Connection:
 
     def _exchange(self) -> bool:
         """Answer one request; return whether there may be another."""
-        import email.utils
-
-        method, reply, keep = self._reply()
-        if reply is None:
-            return False
-        lines = ["HTTP/1.1 %d %s" % (reply.status, "OK" if reply.status < 300 else "Error")]
-        lines += map(": ".join, sorted(reply.headers.items()))
-        if not isinstance(reply.payload, list):  # nobody knows how long it will be
-            keep = False
-        elif reply.status != 204:
-            lines.append("Content-Length: %d" % sum(map(len, reply.payload)))
-        lines += ["Date: " + email.utils.formatdate(usegmt=True)]
-        lines += ["Connection: " + ("keep-alive" if keep else "close"), "", ""]
-        pieces = iter([] if method == "HEAD" or reply.status in (204, 304) else reply.payload)
-        head = "\r\n".join(lines).encode("latin-1")
-        self.send(itertools.chain([head + next(pieces, b"")], pieces))  # one packet, mostly
-        if not keep:
-            self._drain()
-        return keep
-
-    def _reply(self) -> "Tuple[str, Any, bool]":
-        """Return the method of the next request, its answer, None where there is none, and whether to go on then."""
-        method, keep = "", False
+        request, keep = _NO_REQUEST, False
         try:
             head = self._head()
             if not head:
-                return method, None, False
+                return False
             request, keep = _parse_head(head)
-            method = request.method
             self.listener.site._admit(request)
-            return method, self.listener.site._answer(request._replace(body=self._body(request))), keep
-        except _Trouble as trouble:  # what the client sent may be unread
-            return method, _json_reply(trouble.status, {"code": trouble.status, "msg": str(trouble)}), False
+            reply = self.listener.site._answer(request._replace(body=self._body(request)))
         except OSError:
             raise
-        except Exception as error:  # a defect of ours, or no memory left, is the client's to hear of
-            return method, _json_reply(500, {"code": 500, "msg": "%s: %s" % (type(error).__name__, error)}), False
+        except Exception as error:  # a defect of ours, or no memory left, is the client's to hear of, too
+            trouble = error if isinstance(error, _Trouble) else _Trouble(500, "%s: %s" % (type(error).__name__, error))
+            reply = _json_reply(trouble.status, {"code": trouble.status, "msg": str(trouble)})
+            keep = False  # what the client sent may be unread
         finally:
             self.listener.bodies.hold(self, 0)
+        keep = keep and isinstance(reply.payload, list)  # else nobody knows how long it will be
+        self.send(_pieces(reply, request.method == "HEAD", keep))
+        if not keep:
+            self._drain()
+        return keep
 
     def _head(self) -> bytes:
         """Return the head of the next request, without the empty line; nothing where the client leaves instead."""
@@ -5287,6 +5272,20 @@ class _Connection:
         self.sock.shutdown(socket.SHUT_WR)
         while _CLOCK.now() < deadline and self._receive(deadline):
             del self._buffer[:]
+
+
+def _pieces(reply: "_Reply", is_head: bool, keep: bool) -> "Iterator[bytes]":
+    """Return what is sent of *reply*, one that *is_head* without its body: a packet, mostly."""
+    import email.utils
+
+    lines = ["HTTP/1.1 %d %s" % (reply.status, "OK" if reply.status < 300 else "Error")]
+    lines += map(": ".join, sorted(reply.headers.items()))
+    if isinstance(reply.payload, list) and reply.status != 204:
+        lines.append("Content-Length: %d" % sum(map(len, reply.payload)))
+    lines += ["Date: " + email.utils.formatdate(usegmt=True)]
+    lines += ["Connection: " + ("keep-alive" if keep else "close"), "", ""]
+    pieces = iter([] if is_head or reply.status in (204, 304) else reply.payload)
+    return itertools.chain(["\r\n".join(lines).encode("latin-1") + next(pieces, b"")], pieces)
 
 
 def _parse_head(head: bytes) -> "Tuple[_Request, bool]":
@@ -6403,7 +6402,7 @@ async function look() {  // where a look takes long, the next one is far
   setTimeout(look, Math.max(1000, 5 * (performance.now() - start)));
 }
 
-// ---- The stream. What came waits a moment, so that thousands a second are shown a few times a second; or while paused.
+// ---- The stream. What came waits for a moment, so that thousands a second are shown at once, or as long as it pauses
 let waiting = [], told = [0, 0], live = true;
 
 function connect() {
