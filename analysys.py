@@ -5565,7 +5565,7 @@ def _received(body: bytes) -> "List[Any]":
 ########################################################################################################################
 
 _MAX_EVENTS = 1000  # kept to look at: C8
-_MAX_EVENT_BYTES = 16 * 1024 * 1024  # kept of them in all, though the last one may be larger
+_MAX_EVENT_BYTES = 16 * 1024 * 1024  # kept of them in all, beside the oldest
 _MAX_SHOWN = 4 * 1024 * 1024  # bytes of a record that is kept to look at
 _MAX_LAG = 1024 * 1024  # bytes that a page may be behind: C8
 _ALIVE_EVERY = 15.0  # seconds between comments in a stream: C8
@@ -5596,7 +5596,6 @@ class _Feed:
         self.cleared = 0  # the number of the last clear()
         self.total = 0  # bytes of all lines that ever were
         self._lines: "Deque[Tuple[int, int, bytes]]" = collections.deque()  # number, total with it, line
-        self._size = 0  # bytes of these
         self._rates: "Deque[List[int]]" = collections.deque(maxlen=_RATED)  # [second, accepted, refused]
 
     def add(self, records: "List[Any]", reasons: "List[Optional[str]]") -> None:
@@ -5617,7 +5616,6 @@ class _Feed:
         with self.changed:
             self._lines.clear()
             self._rates.clear()
-            self._size = 0
             self.number += 1
             self.cleared = self.number
             self.changed.notify_all()
@@ -5632,11 +5630,10 @@ class _Feed:
             return [list(rate) for rate in self._rates if rate[0] > time.time() - _RATED]
 
     def _append(self, line: bytes) -> None:
-        self._size += len(line)
         self.total += len(line)
         self._lines.append((self.number, self.total, line))
-        while len(self._lines) > _MAX_EVENTS or self._size > _MAX_EVENT_BYTES and len(self._lines) > 1:
-            self._size -= len(self._lines.popleft()[2])
+        while len(self._lines) > _MAX_EVENTS or self.total - self._lines[0][1] > _MAX_EVENT_BYTES:
+            self._lines.popleft()
 
 
 def _event_line(number: int, now: float, reason: "Optional[str]", record: "Any") -> bytes:
@@ -8433,7 +8430,8 @@ def _restore(handlers: "Dict[int, Any]") -> None:
 def _parser() -> "Any":
     import argparse
 
-    size, port = _converter(int, _RULES["size"]), _converter(str, _Rule("must be a port from 0 to 65535", _port))
+    size = _converter(int, _RULES["size"])
+    port = _converter(int, _Rule("must be a port from 0 to 65535", lambda number: _integer(number, 0, 65535)))
     parser = argparse.ArgumentParser(prog="analysys", description="Server-side events for Analysys Ark.")
     parser.add_argument("--version", action="store_true", help="show the version, the file's SHA-256 and the Python")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -8482,16 +8480,16 @@ def _parser() -> "Any":
 
 def _parsed(parser: "Any", argv: "Optional[List[str]]") -> "Tuple[Any, int]":
     """Return the arguments, or None and the exit status where argparse has said all: the help, or what is wrong."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
-    try:
-        return parser.parse_args(argv), _DONE
-    except SystemExit as stop:
-        status = _WRONG_USAGE if stop.code else _DONE
-        out, err = sys.stdout.getvalue(), sys.stderr.getvalue()
-    finally:
-        sys.stdout, sys.stderr = streams
-    _print((err.strip().splitlines() or [""])[-1] if status else out.rstrip(), "stderr" if status else "stdout")
+    import contextlib
+
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            return parser.parse_args(argv), _DONE
+        except SystemExit as stop:
+            status = _WRONG_USAGE if stop.code else _DONE
+    text = told.getvalue().rstrip()
+    _print(text.rpartition("\n")[2] if status else text, "stderr" if status else "stdout")
     return None, status
 
 
@@ -8515,12 +8513,6 @@ def _converter(kind: "Callable[[str], Any]", rule: _Rule) -> "Callable[[str], An
             raise argparse.ArgumentTypeError("it %s, not %s" % (rule.text, _shown(text))) from None
 
     return convert
-
-
-def _port(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError
-    return int(text)
 
 
 def _print(text: str, stream: str = "stdout") -> None:
@@ -8563,7 +8555,7 @@ def _demo(arguments: "Any") -> int:
     """Run the scenario through all collecters and show what arrived."""
     import tempfile
 
-    rows, done, sent, received, server = [], [], 0, 0, _DemoReceiver()
+    rows, sums, is_all, server = [], [], True, _DemoReceiver()
     with tempfile.TemporaryDirectory() as directory, server:
         for name, make in (
             ("DefaultCollecter", DefaultCollecter),
@@ -8580,14 +8572,13 @@ def _demo(arguments: "Any") -> int:
                 with io.open(os.path.join(directory, file), encoding="utf-8") as lines:
                     arrived += [json.loads(line) for line in lines]
             rows += [_demo_row(name, record) for record in arrived]
-            done.append((name, tracker._collecter.stats()["accepted"], len(arrived), took))
+            sent = tracker._collecter.stats()["accepted"]
+            is_all = is_all and sent == len(arrived)
+            tick = _showable("✓", "ok") if sent == len(arrived) else _showable("✗", "NO")
+            sums.append("%s %-16s  %d sent, %d received, %.1f ms" % (tick, name, sent, len(arrived), took))
     _print_table([("via", "time", "who", "what", "platform", "login", "properties")] + rows)
-    for name, number, there, took in done:
-        sent, received = sent + number, received + there
-        tick = _showable("✓", "ok") if number == there else _showable("✗", "NO")
-        _print("%s %-16s  %d sent, %d received, %.1f ms" % (tick, name, number, there, took))
-    _print("next: python3 analysys.py serve, and see yours at http://127.0.0.1:4089")
-    return _DONE if received == sent > 0 else _NOT_DELIVERED
+    _print("\n".join(sums + ["next: python3 analysys.py serve, and see yours at http://127.0.0.1:4089"]))
+    return _DONE if is_all else _NOT_DELIVERED
 
 
 class _DemoReceiver(Receiver):
