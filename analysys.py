@@ -5876,17 +5876,19 @@ def _let_go(*_: "Any") -> None:
 
 def _event_text(record: "Any", reason: "Optional[str]", columns: int) -> str:
     """Return the line that is printed of a record: time, who, what, platform, properties; or in red the reason."""
-    cells = [time.strftime("%H:%M:%S"), "-", "-", "-", reason or ""]
-    if isinstance(record, dict):
-        context = record.get("xcontext")
-        context = context if isinstance(context, dict) else {}
-        who, what = record.get("xwho", "-"), record.get("xwhat", "-")
-        cells[1:4] = map(_plain, (who, what, context.get("$platform", "-")))
-        own = itertools.islice((item for item in context.items() if item[0] not in _CONTEXT_RULES), 10)
-        cells[4] = reason or ", ".join("%s: %s" % (name, _plain(value)) for name, value in own)
-    cells[:4] = [_fit(_printable(cell), width) for cell, width in zip(cells, (8, 16, 20, 8))]
-    text = _fit("  ".join(cells[:4] + [_printable(cells[4])]), columns).rstrip()
+    record = record if isinstance(record, dict) else {}
+    context = record.get("xcontext")
+    context = context if isinstance(context, dict) else {}
+    cells = map(_plain, (record.get("xwho", "-"), record.get("xwhat", "-"), context.get("$platform", "-")))
+    line = [time.strftime("%H:%M:%S")] + [_fit(_printable(cell), width) for cell, width in zip(cells, (16, 20, 8))]
+    text = _fit("  ".join(line + [_printable(reason or _own_properties(context))]), columns).rstrip()
     return "\x1b[31m%s\x1b[0m" % text if reason and _has_colours() else text
+
+
+def _own_properties(context: "Record") -> str:
+    """Return in short what a record holds beside what each one has."""
+    own = (name for name in context if name not in _CONTEXT_RULES or name == "$original_id")
+    return ", ".join("%s: %s" % (name, _plain(context[name])) for name in itertools.islice(own, 10))
 
 
 def _plain(value: "Any") -> str:
@@ -8625,11 +8627,10 @@ def _scenario(tracker: AnalysysPythonSdk) -> None:
 def _demo_row(name: str, record: "Record") -> "Tuple[str, ...]":
     """Return what the table shows of a record: by whom, when, who, what, platform, login, properties."""
     context = record["xcontext"]
-    own = {key: value for key, value in context.items() if key not in _CONTEXT_RULES or key == "$original_id"}
     when = time.strftime("%H:%M:%S", time.localtime(record["xwhen"] / 1000))
     login = "yes" if context["$is_login"] else "no"
-    properties = ", ".join("%s: %s" % (key, _plain(value)) for key, value in own.items())
-    return name[:-9], when, record["xwho"], record["xwhat"], context["$platform"], login, properties
+    platform, properties = context["$platform"], _own_properties(context)
+    return name[:-9], when, record["xwho"], record["xwhat"], platform, login, properties
 
 
 def _print_table(rows: "List[Tuple[str, ...]]") -> None:
