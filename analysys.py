@@ -6251,20 +6251,18 @@ function step(by) {
 
 // ---- One record: its exact text, in lines
 function pretty(raw) {
-  const pieces = [""], tokens = visible(raw).match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
+  const pieces = [""], say = text => { pieces[pieces.length - 1] += text; };
   const opens = token => token === "{" || token === "[", closes = token => token === "}" || token === "]";
-  const say = text => { pieces[pieces.length - 1] += text; };
-  let depth = 0;
-  tokens.forEach((token, place) => {
-    const before = tokens[place - 1], after = tokens[place + 1];
+  let depth = 0, before = "";
+  for (const token of visible(raw).match(/"(?:[^"\\]|\\.)*":?|[{}[\],]|[^{}[\],:"]+/g)) {
     if (closes(token)) depth--;
-    const breaks = before === "," || opens(before) !== closes(token);
-    if (place && breaks) say("\n" + "  ".repeat(Math.min(depth, 99)));
+    if (before && (before === "," || opens(before) !== closes(token))) say("\n" + "  ".repeat(Math.min(depth, 99)));
     if (opens(token)) depth++;
-    const kind = token[0] !== '"' ? "number" : after === ":" ? "name" : "text";
-    if (place > COLOURED || /^[{}[\],:]$/.test(token)) say(token === ":" ? ": " : token);
-    else pieces.push(make("span", kind, token), "");
-  });
+    if (pieces.length > COLOURED || /^[{}[\],]$/.test(token)) say(token);
+    else pieces.push(make("span", token[0] !== '"' ? "number" : token.endsWith(":") ? "name" : "text", token), "");
+    if (token.endsWith(":")) say(" ");
+    before = token;
+  }
   return pieces;
 }
 
