@@ -6316,7 +6316,7 @@ function draw(now, rates) {
 
 let drawn = new Map();
 
-function kept(key, build) {  // what draws an event in its own elements
+function kept(key, build) {
   if (drawn.size > 5 * SHOWN) drawn.clear();
   if (!drawn.has(key)) drawn.set(key, build());
   return drawn.get(key);
@@ -6327,23 +6327,20 @@ function count() {
   $("accepted").textContent = number(inventory.accepted);
   $("refused").textContent = number(inventory.refused);
   options($("what"), t("what"), sorted.slice(0, SHOWN).map(([name]) => name).concat(events.map(event => event.what)));
-  const top = sorted.slice(0, 50);
-  const items = top.map(([name, event]) => kept("count " + name, () => countOf(name))(event, top[0][1].count));
+  const items = sorted.slice(0, 50).map(([name, event]) => countOf(name, event, sorted[0][1].count));
   if (sorted.length > 50) items.push(make("li", "", t("more", number(sorted.length - 50))));
   arrange($("counts"), items);
   if (!$("inventory").hidden) list(sorted);
 }
 
-function countOf(name) {
-  const amount = make("span"), bar = make("i");
-  const button = make("button", "", make("bdi", "", name), amount, bar), item = make("li", "", button);
+function countOf(name, event, most) {
+  const build = () => make("li", "", make("button", "", make("bdi", "", name), make("span"), make("i")));
+  const item = kept("count " + name, build), button = item.firstChild, [, amount, bar] = button.children;
+  amount.textContent = number(event.count);
+  bar.style.width = 100 * event.count / most + "%";
+  button.setAttribute("aria-pressed", $("what").value === name);
   button.onclick = () => { $("what").value = $("what").value === name ? "" : name; show(); count(); };
-  return (event, most) => {
-    amount.textContent = number(event.count);
-    bar.style.width = 100 * event.count / most + "%";
-    button.setAttribute("aria-pressed", $("what").value === name);
-    return item;
-  };
+  return item;
 }
 
 function list(sorted) {
@@ -6355,23 +6352,19 @@ function list(sorted) {
   }
   if (inventory.cut) parts.push(make("p", "bad", t("cut")));
   const bad = new Set(conflicts.map(conflict => conflict.property));
-  for (const [name, event] of sorted.slice(0, SHOWN))
-    parts.push(kept("event " + name, () => eventOf(name, sorted.length <= 12))(event, bad));
+  for (const [name, event] of sorted.slice(0, SHOWN)) parts.push(eventOf(name, event, bad, sorted.length <= 12));
   if (sorted.length > SHOWN) parts.push(make("p", "", t("more", number(sorted.length - SHOWN))));
   if (!sorted.length) parts.push(make("p", "", t("nothing", location.origin)));
   arrange($("inventory"), parts);
 }
 
-function eventOf(name, open) {
-  const times = make("small"), table = make("table");
-  const details = make("details", "", make("summary", "", make("bdi", "", name), " ", times), table);
-  details.open = open;
-  details.ontoggle = count;
-  return (event, bad) => {
-    times.textContent = t("times", number(event.count));
-    table.replaceChildren(...details.open ? properties(event, bad) : []);
-    return details;
-  };
+function eventOf(name, event, bad, open) {
+  const title = () => make("summary", "", make("bdi", "", name), " ", make("small"));
+  const build = () => Object.assign(make("details", "", title(), make("table")), { open, ontoggle: count });
+  const details = kept("event " + name, build);
+  details.querySelector("small").textContent = t("times", number(event.count));
+  details.lastChild.replaceChildren(...details.open ? properties(event, bad) : []);
+  return details;
 }
 
 const tally = types => Object.entries(types).map(([type, times]) => `${type} ${number(times)}`).join(", ");
