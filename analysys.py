@@ -8052,19 +8052,19 @@ class _Doctor:
 
     def run(self, step: str, look: "Callable[[], _Finding]") -> None:
         """Note what *look* sees, if it ends in time."""
-        seen: "List[_Finding]" = []
-        start, seconds = _CLOCK.now(), self._arguments.request_timeout
+        seconds = self._arguments.request_timeout
+        seen = [_Finding("FAIL", "it did not end in %g s" % seconds, None)]
         thread = threading.Thread(target=lambda: seen.append(_finding(look)), daemon=True)
+        start = _CLOCK.now()
         try:
             thread.start()
             thread.join(seconds + 1)  # most end by themselves before
         except RuntimeError:
             seen.append(_finding(look))
-        took = int((_CLOCK.now() - start) * 1000)
-        state, text, advice = seen[0] if seen else _Finding("FAIL", "it did not end in %g s" % seconds, None)
+        state, text, advice = seen[-1]
+        ms = None if state == "SKIP" else int((_CLOCK.now() - start) * 1000)
         if state == "FAIL" and step not in ("file", "python") and not self._blocked:
             self._blocked = step
-        ms = None if state == "SKIP" else took
         self.rows.append({"step": step, "state": state, "seen": _printable(text), "try": advice, "ms": ms})
 
     def _unless_blocked(self, look: "Callable[[], _Finding]") -> "_Finding":
@@ -8195,21 +8195,20 @@ class _Doctor:
         return _Finding("WARN", text, advice) if abs(off) > _CLOCK_OFF else _Finding("OK", text, None)
 
     def _event(self) -> "_Finding":
-        context = {"$lib": _LIB, "$lib_version": __version__, "$platform": _LIB, "$is_login": False, "$debug": 1}
-        record = {"appid": self._arguments.app_id, "xwho": "analysys-check", "xwhat": "analysys_check"}
-        record.update(xwhen=int(time.time() * 1000), xcontext=context)
         _LOGGING.now = True  # in this thread: what debug mode logs is shown as this step
         url, seconds = self._parts.geturl(), self._arguments.request_timeout
-        collecter = DefaultCollecter(url, seconds, ssl_context=self._context, headers=self._headers)
+        tracker = AnalysysPythonSdk(DefaultCollecter(url, seconds, ssl_context=self._context, headers=self._headers))
+        tracker.setAppId(self._arguments.app_id)
+        tracker.setDebugMode(1)
         try:
-            collecter.uploadData(record)
+            tracker.track("analysys-check", "analysys_check")
             return _Finding("OK", "the server took an event: %s" % _SUCCESS.reason, None)
         except AnalysysPythonSdkIllegalDataException as error:
             return _Finding("FAIL", str(error), "is the app id the one that the platform shows?")
         except AnalysysPythonSdkException as error:
             return _Finding("FAIL", str(error), "is %s the receiving address of the platform?" % url)
         finally:
-            collecter.close(0)
+            tracker.close(0)
 
 
 def _finding(look: "Callable[[], _Finding]") -> "_Finding":
