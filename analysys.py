@@ -5923,9 +5923,9 @@ def _serve(arguments: "Any") -> int:
             summary += "; {:,} wait in {}".format(site.forward.stats()["pending"], arguments.spool_path)
         _print(summary)
     finally:
-        site.close()
         _alarm(0)
         _restore(kept)
+        site.close()
     return _DONE
 
 
@@ -6522,12 +6522,8 @@ class _Stop:
         self._kept: "Dict[int, Any]" = {}
 
     def __enter__(self) -> "_Stop":
-        import signal
-
-        names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                self._kept[number] = signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            self._kept = _handle(SIGINT=self._on_signal, SIGTERM=self._on_signal, SIGHUP=self._on_signal)
         return self
 
     def __exit__(self, *_: "Any") -> None:
