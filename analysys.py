@@ -8131,13 +8131,13 @@ class _Doctor:
 
         dead, alive = [], []
         for family, kind, protocol, _, address in self._addresses:
-            with socket.socket(family, kind, protocol) as sock:
-                sock.settimeout(self._arguments.request_timeout / len(self._addresses))
-                try:
+            try:
+                with socket.socket(family, kind, protocol) as sock:
+                    sock.settimeout(self._arguments.request_timeout / len(self._addresses))
                     sock.connect(address)
                     alive.append(str(address[0]))
-                except OSError as error:
-                    dead.append("%s: %s" % (address[0], error))
+            except OSError as error:  # also where this system has no IPv6
+                dead.append("%s: %s" % (address[0], error))
         text = "%sport %d: " % ("the proxy's " * bool(self._proxy), self._target()[1])
         text += "; ".join([", ".join(alive) + " answers"] * bool(alive) + dead)
         advice = "is the port right? is a firewall in between? is the server up?" if dead else None

@@ -8729,6 +8729,14 @@ def test_one_of_several_addresses_that_is_dead_is_a_warning():
         assert states(found, "resolve", "connect", "event") == ["OK", "WARN", "OK"]
 
 
+def test_an_address_of_a_kind_that_this_system_lacks_is_a_dead_one(monkeypatch):
+    known, lacking = socket.getaddrinfo, (99, socket.SOCK_STREAM, 0, "", ("::1", 1, 0, 0))      # as where IPv6 is disabled
+    with site() as server:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *asked: [lacking] + known(*asked))
+        found = checked(server.url)
+        assert states(found, "resolve", "connect", "event") == ["OK", "WARN", "OK"] and "::1: " in found["connect"]["seen"]
+
+
 def test_no_room_is_a_failure_and_little_room_a_warning(tmp_path, monkeypatch):
     with site() as server:
         monkeypatch.setattr(analysys, "_LITTLE_ROOM", 1 << 60)
