@@ -5999,7 +5999,7 @@ _HTML = """<!doctype html>
     <select id="what" data-label="what"></select>
     <select id="platform" data-label="platform"></select>
     <select id="outcome" data-label="outcome"></select>
-    <button id="pause" type="button" aria-pressed="false" aria-keyshortcuts="p"></button>
+    <button id="pause" type="button" data-t="pause" aria-pressed="false" aria-keyshortcuts="p"></button>
     <button id="download" type="button" data-t="download" data-title="downloadHint"></button>
     <button id="clear" type="button" data-t="clear" data-title="clearHint"></button>
   </form>
@@ -6193,12 +6193,11 @@ function row(event) {
   const hidden = /^\$(lib|lib_version|platform|is_login|debug)$/;
   const own = Object.entries(event.context).filter(([name]) => !hidden.test(name)).slice(0, 20);
   const rest = event.reason || own.map(([name, value]) => name + ": " + plain(value).slice(0, 100)).join(", ");
-  const login = event.context.$is_login;
-  event.row = make("div", event.reason === null ? "row" : "row refused",
-    make("span", "time", new Date(event.received).toLocaleTimeString("en-GB")),
-    make("span", "what", event.what || "?"), make("span", "who", event.who), make("span", "platform", event.platform),
-    make("span", "login", login === true ? t("yes") : login === false ? t("no") : ""),
-    make("span", "rest", rest.slice(0, 400)));
+  const time = new Date(event.received).toLocaleTimeString("en-GB"), login = event.context.$is_login;
+  const cells = { time, what: event.what || "?", who: event.who, platform: event.platform,
+    login: login === true ? t("yes") : login === false ? t("no") : "", rest: rest.slice(0, 400) };
+  const spans = Object.entries(cells).map(([name, text]) => make("span", name, text));
+  event.row = make("div", event.reason === null ? "row" : "row refused", ...spans);
   event.row.id = "e" + event.n;
   event.row.setAttribute("role", "option");
   event.row.setAttribute("aria-selected", "false");
@@ -6438,6 +6437,8 @@ function pause() {
   $("pause").setAttribute("aria-pressed", paused);
 }
 
+const clear = () => fetch("/api/events", { method: "DELETE" });
+
 function turn(to) {
   for (const view of ["events", "inventory"]) {
     $(view).hidden = view !== to;
@@ -6467,15 +6468,10 @@ for (const one of document.querySelectorAll("[data-label]")) one.setAttribute("a
 $("search").placeholder = t("search") + "  /";
 options($("what"), t("what"), []);
 options($("outcome"), t("outcome"), ["accepted", "refused"], t);
-$("pause").textContent = t("pause");
 $("search").oninput = show;
 for (const id of ["what", "platform", "outcome"]) $(id).onchange = () => { show(); stale = true; };
 $("tools").onsubmit = () => false;
-$("pause").onclick = pause;
-$("download").onclick = download;
-$("clear").onclick = () => fetch("/api/events", { method: "DELETE" });
-$("copy").onclick = copy;
-$("close").onclick = close;
+for (const act of [pause, download, clear, copy, close]) $(act.name).onclick = act;  // a button has the name of its act
 for (const view of ["events", "inventory"]) $("tab-" + view).onclick = () => turn(view);
 setInterval(() => {  // not more often: a screen reader reads it aloud
   if (told[0]) $("news").textContent = t("came", number(told[0]), number(told[1]));
@@ -8014,10 +8010,9 @@ def _print_step(row: "Record") -> None:
     width = max(40, min(shutil.get_terminal_size((100, 24)).columns, 120))
     took = "" if row["ms"] is None else "  (%d ms)" % row["ms"]
     colour = "\x1b[%dm%%s\x1b[0m" % {"FAIL": 31, "WARN": 33}.get(row["state"], 32) if _has_colours() else "%s"
-    lines = textwrap.wrap(row["seen"] + took, width - 18) or [""]
-    _print(colour % ("%-4s" % row["state"]) + "  %-10s  %s" % (row["step"], lines[0]))
-    for line in lines[1:] + (textwrap.wrap("try: " + row["try"], width - 18) if row["try"] else []):
-        _print(" " * 18 + line)
+    lines = textwrap.wrap(row["seen"] + took, width - 18)
+    lines += textwrap.wrap("try: " + row["try"], width - 18) if row["try"] else []
+    _print(colour % ("%-4s" % row["state"]) + "  %-10s  " % row["step"] + ("\n" + " " * 18).join(lines))
 
 
 class _Doctor:
