@@ -5464,17 +5464,15 @@ class Receiver:
     def _admit(self, request: "_Request") -> None:
         """Raise where a page of another origin asks, or one that got here by a name of its own (DNS rebinding): C8."""
         headers, is_up = request.headers, request.path.endswith("/up")
-        host, origin = headers.get("host", "").lower(), headers["origin"].lower() if "origin" in headers else None
-        site, scheme = headers.get("sec-fetch-site", "none"), "https" if self._tls else "http"
+        host, origin, site = headers.get("host", "").lower(), headers.get("origin"), headers.get("sec-fetch-site")
         is_known = _is_named(host, self._names)
         if not is_known and not is_up:
             raise _Trouble(403, "this page is not for the host %r: --allow-host NAME allows one" % host[:100])
-        if origin in self._cors and is_up:
-            return
+        if origin is None and site in (None, "none") or is_up and (origin or "").lower() in self._cors:
+            return  # no page asks, or one that may
+        is_own = is_known and (origin is None or origin.lower() == "http%s://%s" % ("s" if self._tls else "", host))
         follows = request.path == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link to the page
-        is_own = is_known and origin in (None, "%s://%s" % (scheme, host))
-        is_own = is_own and (site in ("none", "same-origin") or follows)
-        if not is_own and ("origin" in headers or site != "none"):
+        if not is_own or site not in (None, "none", "same-origin") and not follows:
             raise _Trouble(403, "pages of another origin may not ask: --cors ORIGIN lets those of one post to /up")
 
     def _answer(self, request: "_Request") -> "_Reply":
