@@ -6219,7 +6219,7 @@ function show() {
 }
 
 function options(select, title, names, show = name => name.slice(0, 60)) {
-  const kept = select.value, all = [...new Set(names.filter(Boolean).concat(kept || []))].sort().slice(0, SHOWN);
+  const kept = select.value, all = [...new Set([kept, ...names].filter(Boolean))].slice(0, SHOWN).sort();
   if (select.dataset.all === JSON.stringify(all)) return;
   select.dataset.all = JSON.stringify(all);
   const made = [["", title + ": " + t("all")]].concat(all.map(name => [name, show(name)]));
