@@ -5331,7 +5331,7 @@ class _Listener:
         self.tls = tls  # an ssl.SSLContext
         self.bodies = _Bodies()
         self._connections: "set[_Connection]" = set()  # its steps are atomic
-        self.closed = threading.Event()
+        self._closed = threading.Event()
         self._pid = os.getpid()
         family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM)[0]
         self._sock = socket.socket(family, socket.SOCK_STREAM)
@@ -5352,7 +5352,7 @@ class _Listener:
         if self._pid != os.getpid():
             self._sock.close()
             return
-        self.closed.set()
+        self._closed.set()
         _hang_up(self._sock)  # wakes the thread; where it does not, that looks twice a second
         self._thread.join()
         self._sock.close()
@@ -5365,12 +5365,12 @@ class _Listener:
 
     def _accept(self) -> None:
         self._sock.settimeout(0.5)
-        while not self.closed.is_set():
+        while not self._closed.is_set():
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
                 if error.errno is not None:  # no descriptor left: some of those that are open will end; or closed
-                    self.closed.wait(0.05)
+                    self._closed.wait(0.05)
                 continue
             connection = _Connection(self, sock)
             self._connections.add(connection)
