@@ -5131,7 +5131,7 @@ _SLOWEST = 128 * 1024  # bytes a second that a body comes with, once those secon
 _HEADER_NAME = r"[!-9;-~]+"
 
 _Request = collections.namedtuple("_Request", "method path query headers body")
-_Reply = collections.namedtuple("_Reply", "status headers payload")  # payload: pieces of bytes, or what streams them
+_Reply = collections.namedtuple("_Reply", "status headers payload")  # payload: a list of bytes, or what yields them
 
 
 class _Trouble(Exception):
@@ -5142,8 +5142,11 @@ class _Trouble(Exception):
         self.status = status
 
 
-def _json_reply(status: int, told: "Any", headers: "Iterable[Tuple[str, str]]" = ()) -> "_Reply":
-    return _Reply(status, dict(headers, **{"Content-Type": "application/json"}), [json.dumps(told).encode("ascii")])
+_NO_REQUEST = _Request("", "", "", {}, b"")  # that could be understood
+
+
+def _json_reply(status: int, told: "Any") -> "_Reply":
+    return _Reply(status, {"Content-Type": "application/json"}, [json.dumps(told).encode("ascii")])
 
 
 class _Bodies:
@@ -5176,22 +5179,22 @@ class _Connection:
     def __init__(self, listener: "_Listener", sock: "Any") -> None:
         self.sock = sock
         self.idle_since = _CLOCK.now()  # infinity from when the head of a request is there until it is answered
-        self._listener = listener
+        self.listener = listener
         self._buffer = bytearray()  # received, and not yet looked at
 
     def run(self) -> None:
         """Answer requests until the client is gone, or has to go."""
         try:
             self.sock.settimeout(_CLIENT_TIMEOUT)
-            if self._listener.tls is not None:
-                self.sock = self._listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+            if self.listener.tls is not None:
+                self.sock = self.listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
                 self.sock.do_handshake()  # here, where a slow one holds up nobody, and close() ends it
             while self._exchange():
                 self.idle_since = _CLOCK.now()
         except (OSError, ValueError):  # gone, too slow, or no TLS
             pass
         finally:
-            self._listener.forget(self)
+            self.listener.forget(self)
 
     def send(self, pieces: "Iterable[bytes]") -> None:
         self.sock.settimeout(_CLIENT_TIMEOUT)
@@ -5200,43 +5203,27 @@ class _Connection:
 
     def _exchange(self) -> bool:
         """Answer one request; return whether there may be another."""
-        method, reply, keep = self._reply()
-        if reply is None:
-            return False
-        streams, is_bare = callable(reply.payload), method == "HEAD" or reply.status in (204, 304)
-        keep = keep and not streams
-        lines = ["HTTP/1.1 %d %s" % (reply.status, "OK" if reply.status < 300 else "Error")]
-        lines += map(": ".join, sorted(reply.headers.items()))
-        if not streams and reply.status != 204:
-            lines.append("Content-Length: %d" % sum(map(len, reply.payload)))
-        lines += ["Date: " + _http_date(int(time.time())), "Connection: " + ("keep-alive" if keep else "close"), "", ""]
-        pieces = [] if streams or is_bare else reply.payload
-        self.send(["\r\n".join(lines).encode("latin-1") + b"".join(pieces[:1])] + pieces[1:])  # one packet, mostly
-        if streams and not is_bare:
-            reply.payload(self)
-        if not keep:
-            self._drain()
-        return keep
-
-    def _reply(self) -> "Tuple[str, Any, bool]":
-        """Return the method of the next request, its answer, None where there is none, and whether to go on then."""
-        method, keep = "", False
+        request, keep = _NO_REQUEST, False
         try:
             head = self._head()
             if not head:
-                return method, None, False
+                return False
             request, keep = _parse_head(head)
-            method = request.method
-            self._listener.site._admit(request)
-            return method, self._listener.site._answer(request._replace(body=self._body(request))), keep
-        except _Trouble as trouble:  # what the client sent may be unread
-            return method, _json_reply(trouble.status, {"code": trouble.status, "msg": str(trouble)}), False
+            self.listener.site._admit(request)
+            reply = self.listener.site._answer(request._replace(body=self._body(request)))
         except OSError:
             raise
-        except Exception as error:  # a defect of ours, or no memory left, is the client's to hear of
-            return method, _json_reply(500, {"code": 500, "msg": "%s: %s" % (type(error).__name__, error)}), False
+        except Exception as error:  # a defect of ours, or no memory left, is the client's to hear of, too
+            trouble = error if isinstance(error, _Trouble) else _Trouble(500, "%s: %s" % (type(error).__name__, error))
+            reply = _json_reply(trouble.status, {"code": trouble.status, "msg": str(trouble)})
+            keep = False  # what the client sent may be unread
         finally:
-            self._listener.bodies.hold(self, 0)
+            self.listener.bodies.hold(self, 0)
+        keep = keep and isinstance(reply.payload, list)  # else nobody knows how long it will be
+        self.send(_pieces(reply, request.method == "HEAD", keep))
+        if not keep:
+            self._drain()
+        return keep
 
     def _head(self) -> bytes:
         """Return the head of the next request, without the empty line; nothing where the client leaves instead."""
@@ -5264,7 +5251,7 @@ class _Connection:
         deadline = _CLOCK.now() + _CLIENT_TIMEOUT + size / _SLOWEST
         while len(self._buffer) < size:
             most = min(_PIECE, size - len(self._buffer))
-            deadline += self._listener.bodies.hold(self, len(self._buffer) + most)
+            deadline += self.listener.bodies.hold(self, len(self._buffer) + most)
             if not self._receive(min(deadline, _CLOCK.now() + _CLIENT_TIMEOUT), most):
                 raise _Trouble(400, "the body is cut short")
         rest = self._buffer[size:]  # little: a body may be large, and is copied once
@@ -5292,11 +5279,18 @@ class _Connection:
             del self._buffer[:]
 
 
-@functools.lru_cache(1)  # once a second
-def _http_date(now: int) -> str:
+def _pieces(reply: "_Reply", is_head: bool, keep: bool) -> "Iterator[bytes]":
+    """Return what is sent of *reply*, one that *is_head* without its body: a packet, mostly."""
     import email.utils
 
-    return email.utils.formatdate(now, usegmt=True)
+    lines = ["HTTP/1.1 %d %s" % (reply.status, "OK" if reply.status < 300 else "Error")]
+    lines += map(": ".join, sorted(reply.headers.items()))
+    if isinstance(reply.payload, list) and reply.status != 204:
+        lines.append("Content-Length: %d" % sum(map(len, reply.payload)))
+    lines += ["Date: " + email.utils.formatdate(usegmt=True)]
+    lines += ["Connection: " + ("keep-alive" if keep else "close"), "", ""]
+    pieces = iter([] if is_head or reply.status in (204, 304) else reply.payload)
+    return itertools.chain(["\r\n".join(lines).encode("latin-1") + next(pieces, b"")], pieces)
 
 
 def _parse_head(head: bytes) -> "Tuple[_Request, bool]":
@@ -5342,7 +5336,7 @@ class _Listener:
         self.tls = tls  # an ssl.SSLContext
         self.bodies = _Bodies()
         self._connections: "set[_Connection]" = set()  # its steps are atomic
-        self.closed = threading.Event()
+        self._closed = threading.Event()
         self._pid = os.getpid()
         family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM)[0]
         self._sock = socket.socket(family, socket.SOCK_STREAM)
@@ -5353,7 +5347,6 @@ class _Listener:
             self._sock.listen(_BACKLOG)
             self.address: "Any" = self._sock.getsockname()
             self._thread = threading.Thread(target=self._accept, daemon=True)
-            site._listener = self  # before anybody asks
             self._thread.start()
         except BaseException:
             self._sock.close()
@@ -5364,7 +5357,7 @@ class _Listener:
         if self._pid != os.getpid():
             self._sock.close()
             return
-        self.closed.set()
+        self._closed.set()
         _hang_up(self._sock)  # wakes the thread; where it does not, that looks twice a second
         self._thread.join()
         self._sock.close()
@@ -5377,12 +5370,12 @@ class _Listener:
 
     def _accept(self) -> None:
         self._sock.settimeout(0.5)
-        while not self.closed.is_set():
+        while not self._closed.is_set():
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
                 if error.errno is not None:  # no descriptor left: some of those that are open will end; or closed
-                    self.closed.wait(0.05)
+                    self._closed.wait(0.05)
                 continue
             connection = _Connection(self, sock)
             self._connections.add(connection)
@@ -5416,20 +5409,17 @@ class Receiver:
     refused whole. Any thread may call any method.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._open(host, port)
+    _tls: "Any" = None  # an ssl.SSLContext
+    _names = frozenset(("localhost",))  # that a Host header may have, in lower case
+    _cors: "FrozenSet[str]" = frozenset()  # the origins whose pages may post, in lower case
 
-    def _open(
-        self, host: str, port: int, tls: "Any" = None, names: "Iterable[str]" = (), cors: "Iterable[str]" = ()
-    ) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
         self.records: "List[Record]" = []
         # Guards records and failures, and holds the bodies of others back; notified by what arrives.
         self._arrived = threading.Condition()
-        self._failures: "Deque[List[Any]]" = collections.deque()  # [how many posts to come, status, code]
-        self._names = {name.lower() for name in names if name} | {"localhost"}  # that a Host header may have
-        self._cors = frozenset(origin.lower() for origin in cors)  # whose pages may post
+        self._failures: "Deque[List[Any]]" = collections.deque()  # [how many posts to come, what _take() returns then]
         try:
-            self._listener: "_Listener" = _Listener(self, host, port, tls)
+            self._listener = _Listener(self, host, port, self._tls)
         except (OSError, RuntimeError, OverflowError, UnicodeError) as error:
             message = "cannot listen on %s, port %s: %s" % (host, port, error)
             if getattr(error, "errno", None) == errno.EADDRINUSE:
@@ -5437,7 +5427,7 @@ class Receiver:
             raise AnalysysPythonSdkException(message) from error
         self.address, port = self._listener.address[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # one that can be opened
-        self.url = "http%s://%s:%d" % ("s" if tls else "", "[%s]" % host if ":" in host else host, port)
+        self.url = "http%s://%s:%d" % ("s" if self._tls else "", "[%s]" % host if ":" in host else host, port)
 
     def __enter__(self) -> "Receiver":
         return self
@@ -5462,13 +5452,13 @@ class Receiver:
     def fail_next(self, number: int = 1, status: int = 500, code: "Optional[int]" = None) -> None:
         """Have the next *number* posts fail: with HTTP *status*, or 200 and this *code*. Nothing of them is kept."""
         _check("number", number, "size")
-        for name, value in (("status", status), ("code", code)):
-            if type(value) is not int and (name == "status" or value is not None):
-                raise _illegal(name, value, "must be an int")
-        if not 200 <= status <= 599:
+        if type(status) is not int or not 200 <= status <= 599:
             raise _illegal("status", status, "must be an HTTP status from 200 to 599")
+        if code is not None and type(code) is not int:
+            raise _illegal("code", code, "must be an int or None")
+        status, code = (status, status) if code is None else (200, code)
         with self._arrived:
-            self._failures.append([number, status, code])
+            self._failures.append([number, (status, {"code": code, "msg": "it was told to fail"})])
 
     def clear(self) -> None:
         """Forget the records, and the failures that are still to come."""
@@ -5479,17 +5469,15 @@ class Receiver:
     def _admit(self, request: "_Request") -> None:
         """Raise where a page of another origin asks, or one that got here by a name of its own (DNS rebinding): C8."""
         headers, is_up = request.headers, request.path.endswith("/up")
-        host, origin = headers.get("host", "").lower(), headers["origin"].lower() if "origin" in headers else None
-        site, scheme = headers.get("sec-fetch-site", "none"), "http" if self._listener.tls is None else "https"
-        is_known = _host_name(host) in self._names or _is_address(_host_name(host))
+        host, origin, site = headers.get("host", "").lower(), headers.get("origin"), headers.get("sec-fetch-site")
+        is_known = _is_named(host, self._names)
         if not is_known and not is_up:
             raise _Trouble(403, "this page is not for the host %r: --allow-host NAME allows one" % host[:100])
-        if origin in self._cors and is_up:
-            return
+        if origin is None and site in (None, "none") or is_up and (origin or "").lower() in self._cors:
+            return  # no page asks, or one that may
+        is_own = is_known and (origin is None or origin.lower() == "http%s://%s" % ("s" if self._tls else "", host))
         follows = request.path == "/" and headers.get("sec-fetch-mode") == "navigate"  # a link to the page
-        is_own = is_known and origin in (None, "%s://%s" % (scheme, host))
-        is_own = is_own and (site in ("none", "same-origin") or follows)
-        if not is_own and ("origin" in headers or site != "none"):
+        if not is_own or site not in (None, "none", "same-origin") and not follows:
             raise _Trouble(403, "pages of another origin may not ask: --cors ORIGIN lets those of one post to /up")
 
     def _answer(self, request: "_Request") -> "_Reply":
@@ -5506,52 +5494,52 @@ class Receiver:
                 return _Reply(204, headers, [])
         if request.method != "POST":
             raise _Trouble(405, "records are posted")
-        status, told = self._take(request.body)
-        return _json_reply(status, told, headers.items())
+        reply = _json_reply(*self._take(request.body))
+        reply.headers.update(headers)
+        return reply
 
     def _take(self, body: bytes) -> "Tuple[int, Record]":
         """Take the body of a request whole, or not at all; return the HTTP status and the JSON to answer."""
         with self._arrived:
             if self._failures:
-                return self._fail()
+                self._failures[0][0] -= 1
+                left, (status, told) = self._failures[0]
+                if not left:
+                    self._failures.popleft()
+                return status, told
             records: "List[Any]" = []
+            lines: "List[bytes]" = []
             try:
                 records = _received(body)
-                _check_all(records)
-                self._keep(records)
-                self._arrived.notify_all()
-                return 200, {"code": 200}
-            except (AnalysysPythonSdkFileException, AnalysysPythonSdkNetworkException) as error:  # not the data's fault
+                for record in records:
+                    _check_record(record)
+                    lines.append(_line(record))
+            except (ValueError, RecursionError) as error:
+                place = len(lines) + 1
+                reason = _printable("record %d of %d: %s" % (place, len(records), error) if records else error)
+                self._refuse(records, place, reason)
+                return 200, {"code": 400, "msg": reason}
+            try:
+                self._keep(records, b"".join(lines))
+            except (AnalysysPythonSdkFileException, AnalysysPythonSdkNetworkException) as error:
                 return 503, {"code": 500, "msg": _printable(error)}
-            except ValueError as error:
-                self._refuse(records, _printable(error))
-                return 200, {"code": 400, "msg": _printable(error)}
+            self._arrived.notify_all()
+            return 200, {"code": 200}
 
-    def _fail(self) -> "Tuple[int, Record]":
-        left, status, code = self._failures[0]
-        self._failures[0][0] = left - 1
-        if left <= 1:
-            self._failures.popleft()
-        told = {"code": status if code is None else code, "msg": "it was told to fail"}
-        return (status if code is None else 200), told
-
-    def _keep(self, records: "List[Record]") -> None:
+    def _keep(self, records: "List[Record]", lines: bytes) -> None:
         self.records.extend(records)
 
-    def _refuse(self, records: "List[Any]", reason: str) -> None:
-        """A request with these *records*, none where it had no such, is refused."""
+    def _refuse(self, records: "List[Any]", place: int, reason: str) -> None:
+        """A request is refused for the record at *place*, from 1; one that has no *records*, for what it is."""
 
 
-def _host_name(host: str) -> str:
-    """Return the name or address in a Host header."""
-    return re.sub(r":[0-9]*$", "", host).strip("[]") if host.count(":") < 2 or host[:1] == "[" else ""
-
-
-def _is_address(text: str) -> bool:
+def _is_named(host: str, names: "Iterable[str]") -> bool:
+    """Tell whether a Host header has one of *names*, or a literal address, which no DNS can rebind."""
     import ipaddress
 
+    name = re.sub(r":[0-9]*$", "", host).strip("[]") if host.count(":") < 2 or host[:1] == "[" else ""
     try:
-        return bool(ipaddress.ip_address(text))
+        return name in names or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
 
@@ -5571,15 +5559,6 @@ def _received(body: bytes) -> "List[Any]":
     return found
 
 
-def _check_all(records: "List[Any]") -> None:
-    """Raise ValueError that says which of *records*, which field and which rule, where one is bad."""
-    for number, record in enumerate(records, 1):
-        try:
-            _check_record(record)
-        except AnalysysPythonSdkIllegalDataException as error:
-            raise ValueError("record %d of %d: %s" % (number, len(records), error)) from None
-
-
 ########################################################################################################################
 # Page: `serve`, a receiver with a page to look at what comes in
 #
@@ -5589,10 +5568,9 @@ def _check_all(records: "List[Any]") -> None:
 ########################################################################################################################
 
 _MAX_EVENTS = 1000  # kept to look at: C8
-_MAX_EVENT_BYTES = 16 * 1024 * 1024  # kept of them in all, though the last one may be larger
+_MAX_EVENT_BYTES = 16 * 1024 * 1024  # kept of them in all, beside the oldest
 _MAX_SHOWN = 4 * 1024 * 1024  # bytes of a record that is kept to look at
 _MAX_LAG = 1024 * 1024  # bytes that a page may be behind: C8
-_LAG_LOOK = 1.0  # seconds after which it is looked whether it is
 _ALIVE_EVERY = 15.0  # seconds between comments in a stream: C8
 _GATHER = 0.05  # seconds in which events are gathered for a page
 _RATED = 300  # seconds that the page's chart goes back
@@ -5603,7 +5581,13 @@ _HEADERS = {  # of everything that may show what came
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
 }
+_POLICY = (  # of the page: nothing from elsewhere, and only the style and script below
+    "default-src 'none'; style-src 'sha256-%s'; script-src 'sha256-%s'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
 
 
 class _Feed:
@@ -5615,22 +5599,19 @@ class _Feed:
         self.cleared = 0  # the number of the last clear()
         self.total = 0  # bytes of all lines that ever were
         self._lines: "Deque[Tuple[int, int, bytes]]" = collections.deque()  # number, total with it, line
-        self._size = 0  # bytes of these
         self._rates: "Deque[List[int]]" = collections.deque(maxlen=_RATED)  # [second, accepted, refused]
 
-    def add(self, records: "List[Any]", reasons: "Callable[[int], Optional[str]]", refused: int) -> None:
-        """Add the events of one request; *reasons* tells why the record at a place is refused."""
+    def add(self, records: "List[Any]", reasons: "List[Optional[str]]") -> None:
+        """Add the events of one request, which is taken or refused whole: *reasons* has why for each, or None."""
         now = time.time()
         with self.changed:
-            skipped = max(0, len(records) - _MAX_EVENTS)
-            self.number += skipped
-            for place in range(skipped, len(records)):
+            self.number += max(0, len(records) - _MAX_EVENTS)
+            for record, reason in zip(records[-_MAX_EVENTS:], reasons[-_MAX_EVENTS:]):
                 self.number += 1
-                self._append(_event_line(self.number, now, reasons(place), records[place]))
+                self._append(_event_line(self.number, now, reason, record))
             if not self._rates or self._rates[-1][0] != int(now):
                 self._rates.append([int(now), 0, 0])
-            self._rates[-1][1] += len(records) - refused
-            self._rates[-1][2] += refused
+            self._rates[-1][1 if reasons[0] is None else 2] += len(records)
             self.changed.notify_all()
 
     def clear(self) -> None:
@@ -5638,7 +5619,6 @@ class _Feed:
         with self.changed:
             self._lines.clear()
             self._rates.clear()
-            self._size = 0
             self.number += 1
             self.cleared = self.number
             self.changed.notify_all()
@@ -5653,36 +5633,23 @@ class _Feed:
             return [list(rate) for rate in self._rates if rate[0] > time.time() - _RATED]
 
     def _append(self, line: bytes) -> None:
-        self._size += len(line)
         self.total += len(line)
         self._lines.append((self.number, self.total, line))
-        while len(self._lines) > _MAX_EVENTS or self._size > _MAX_EVENT_BYTES and len(self._lines) > 1:
-            self._size -= len(self._lines.popleft()[2])
+        while len(self._lines) > _MAX_EVENTS or self.total - self._lines[0][1] > _MAX_EVENT_BYTES:
+            self._lines.popleft()
 
 
 def _event_line(number: int, now: float, reason: "Optional[str]", record: "Any") -> bytes:
     """Return one event as a line of JSON, with the record at its end, where the page finds its exact text."""
     try:
         text = _encode(record)
-        text.encode("utf-8")
-    except (ValueError, RecursionError):  # a number too large for a float, or half a character
-        try:
-            text = json.dumps(_tame(record))
-        except RecursionError:
-            text = "null"
+    except RecursionError:
+        text = "null"
     if len(text) > _MAX_SHOWN:
         text = "null"
     form = '{"n":%d,"received":%d,"reason":%s,"record":%s}\n'
-    return (form % (number, now * 1000, json.dumps(reason), text)).encode()
-
-
-def _tame(value: "Any") -> "Any":
-    """Return *value* with text in the place of numbers that JSON lacks."""
-    if isinstance(value, dict):
-        return {name: _tame(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_tame(item) for item in value]
-    return value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
+    # Half a character, which UTF-8 has not, becomes what JSON has for it.
+    return (form % (number, now * 1000, json.dumps(reason), text)).encode("utf-8", "backslashreplace")
 
 
 class _Site(Receiver):
@@ -5692,8 +5659,11 @@ class _Site(Receiver):
         self.feed = _Feed()
         self.printer = _Printer()
         self.inventory = _Inventory()  # under _arrived
-        self._log = log  # a LogCollecter or None
-        self._forward = forward  # a BatchCollecter with a spool, or None
+        self.log = log  # a LogCollecter or None
+        self.forward = forward  # a BatchCollecter with a spool, or None
+        self._tls = tls
+        self._names |= {name.lower() for name in [options.host] + options.allow_host if name}
+        self._cors = frozenset(origin.lower() for origin in options.cors)
         self._routes = {
             ("GET", "/"): self._page,
             ("GET", "/api/events"): self._events,
@@ -5703,7 +5673,13 @@ class _Site(Receiver):
             ("GET", "/api/rates"): self._rates,
             ("POST", "/api/fail"): self._fail_next,
         }
-        self._open(options.host, options.port, tls, [options.host] + options.allow_host, options.cors)
+        super().__init__(options.host, options.port)
+
+    def close(self) -> None:
+        """Stop listening; what is not forwarded stays in the spool."""
+        super().close()
+        if self.forward is not None:
+            self.forward.close(0.2)
 
     def clear(self) -> None:
         """Forget events, inventory, counts, and failures to come."""
@@ -5716,7 +5692,9 @@ class _Site(Receiver):
         method = "GET" if request.method == "HEAD" else request.method
         route = self._routes.get((method, request.path))
         if route is not None:
-            return route(request)
+            reply = route(request)
+            reply.headers.update(_HEADERS)
+            return reply
         if any(path == request.path for _, path in self._routes):
             raise _Trouble(405, "%s is not for %s" % (request.path, request.method))
         return super()._answer(request)
@@ -5727,45 +5705,41 @@ class _Site(Receiver):
             self.printer.add(None, told["msg"])
         return status, told
 
-    def _keep(self, records: "List[Record]") -> None:
-        lines = b"".join(map(_line, records))
-        if self._log is not None:
-            self._log._put(lines, False)  # one write, whole or not at all; so is the other
+    def _keep(self, records: "List[Record]", lines: bytes) -> None:
+        if self.log is not None:
+            self.log._put(lines, False)  # one write, whole or not at all; so is the other
         try:
-            if self._forward is not None:
-                self._forward._put(lines, any(record["xwhat"] == _ALIAS for record in records))
+            if self.forward is not None:
+                self.forward._put(lines, any(record["xwhat"] == _ALIAS for record in records))
         except Exception:
-            if self._log is not None:
-                self._log._state().take_back(lines)
+            if self.log is not None:
+                self.log._state().take_back(lines)
             raise
         for record in records:
             self.inventory.add(record)
-        self.feed.add(records, lambda place: None, 0)
-        for record in records:
-            self.printer.add(record, None)
+        self._show(records, [None] * len(records))
 
-    def _refuse(self, records: "List[Any]", reason: str) -> None:
-        found = re.match(r"record (\d+) of ", reason)
-        bad, other = (int(found.group(1)), "refused with record %s" % found.group(1)) if found else (1, reason)
+    def _refuse(self, records: "List[Any]", place: int, reason: str) -> None:
         objects = [record if isinstance(record, dict) else None for record in records]
-        if not any(record is not None for record in objects):
-            objects, bad = [None], 1
+        if objects.count(None) == len(objects):  # no array of at least one object: C8
+            objects, place = [None], 1
         self.inventory.refused += len(objects)
-        self.feed.add(objects, lambda place: reason if place + 1 == bad else other, len(objects))
-        for place, record in enumerate(objects, 1):
-            self.printer.add(record, reason if place == bad else other)
+        reasons: "List[Optional[str]]" = ["refused with record %d" % place] * len(objects)
+        reasons[place - 1] = reason
+        self._show(objects, reasons)
+
+    def _show(self, records: "List[Any]", reasons: "List[Optional[str]]") -> None:
+        self.feed.add(records, reasons)
+        for record, reason in zip(records, reasons):
+            self.printer.add(record, reason)
 
     def _page(self, _: "_Request") -> "_Reply":
         import hashlib
 
-        policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        policy += "frame-ancestors 'none'; require-trusted-types-for 'script'"
-        for kind, source in (("style", _STYLE), ("script", _SCRIPT)):
-            digest = binascii.b2a_base64(hashlib.sha256(source.encode("utf-8")).digest(), newline=False)
-            policy += "; %s-src 'sha256-%s'" % (kind, digest.decode())
+        digests = [hashlib.sha256(source.encode("utf-8")).digest() for source in (_STYLE, _SCRIPT)]
+        policy = _POLICY % tuple(binascii.b2a_base64(digest, newline=False).decode() for digest in digests)
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        headers.update({"Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin"})
-        return _Reply(200, dict(_HEADERS, **headers), [(_HTML % (_STYLE, _SCRIPT)).encode("utf-8")])
+        return _Reply(200, headers, [(_HTML % (_STYLE, _SCRIPT)).encode("utf-8")])
 
     def _events(self, request: "_Request") -> "_Reply":
         found = re.fullmatch(r"(?:after=([0-9]{1,18}))?", request.query)
@@ -5773,84 +5747,68 @@ class _Site(Receiver):
             raise _Trouble(400, "the query must be after=N or nothing")
         with self.feed.changed:
             lines = [line for _, _, line in self.feed.after(int(found.group(1) or 0))]
-        return _Reply(200, dict(_HEADERS, **{"Content-Type": "application/x-ndjson; charset=utf-8"}), lines or [b""])
+        return _Reply(200, {"Content-Type": "application/x-ndjson; charset=utf-8"}, lines)
 
     def _clear(self, _: "_Request") -> "_Reply":
         self.clear()
-        return _Reply(204, _HEADERS, [b""])
+        return _Reply(204, {}, [])
 
     def _as_inventory(self, _: "_Request") -> "_Reply":
         with self._arrived:  # it is not a copy
-            return _json_reply(200, self.inventory.as_json(), _HEADERS.items())
+            return _json_reply(200, self.inventory.as_json())
 
     def _rates(self, _: "_Request") -> "_Reply":
-        return _json_reply(200, {"now": int(time.time()), "rates": self.feed.rates()}, _HEADERS.items())
+        return _json_reply(200, {"now": int(time.time()), "rates": self.feed.rates()})
 
     def _fail_next(self, request: "_Request") -> "_Reply":
         try:
-            asked = _decode(request.body or b"{}")
-            self.fail_next(**asked)
+            self.fail_next(**_decode(request.body or b"{}"))
         except (ValueError, TypeError, RecursionError) as error:
             raise _Trouble(400, "number, status and code are asked for in JSON: %s" % str(error)[:200]) from None
-        return _Reply(204, _HEADERS, [b""])
+        return _Reply(204, {}, [])
 
     def _stream(self, request: "_Request") -> "_Reply":
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else 0
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}  # for nginx
-        headers.update(_HEADERS)
-        return _Reply(200, headers, lambda connection: self._follow(connection, start))
+        return _Reply(200, headers, self._follow(start))
 
-    def _follow(self, connection: "_Connection", start: int) -> None:
-        """Send events to one page as they come, until it leaves or lags; *start* is the last that it has, or 0.
+    def _follow(self, start: int) -> "Iterator[bytes]":
+        """Yield events for one page as they come, until it leaves or lags; *start* is the last that it has, or 0.
 
         One that has more than there is saw a server whose clock was ahead of ours: it is told to begin anew.
         """
         feed, data = self.feed, b"retry: 1000\n\n"
         with feed.changed:
-            at, is_lost = start or feed.cleared, start > feed.number
-            total = feed.total  # bytes that it has, or need not have yet: what came before it is no lag
+            at = -1 if start > feed.number else start or feed.cleared
+            total = feed.total  # bytes that it has once it takes *data*, or need not have: what came before is no lag
         while True:
-            self._push(connection, data, total)
-            if self._listener.closed.wait(_GATHER):
-                return
+            for place in range(0, len(data), _PIECE):
+                if feed.total - total > _MAX_LAG:
+                    return
+                yield data[place : place + _PIECE]
+            time.sleep(_GATHER)
             with feed.changed:
-                if feed.number <= at and not is_lost:  # it has everything; what comes now in one request is no lag
+                if feed.number <= at:  # it has everything; what comes now in one request is no lag
                     feed.changed.wait(_ALIVE_EVERY)  # for new events, or clear()
                     total = feed.total
-                elif feed.total - total > _MAX_LAG:
-                    return
-                cleared = is_lost or feed.cleared > at
-                at, is_lost = (feed.cleared if cleared else at), False
+                is_cleared = feed.cleared > at
+                at = feed.cleared if is_cleared else at
                 found = feed.after(at, _MAX_LAG // 4)
                 newest = feed.number
-            pieces = [b"id: %d\nevent: clear\ndata: {}\n\n" % at] if cleared else []
+            pieces = [b"id: %d\nevent: clear\ndata: {}\n\n" % at] if is_cleared else []
             for number, had, line in found:
                 pieces.append(b"id: %d\ndata: %s\n" % (number, line))
                 at, total = number, max(total, had)
             at = at if found else newest
             data = b"".join(pieces) or b":\n\n"
 
-    def _push(self, connection: "_Connection", data: bytes, total: int) -> None:
-        """Send *data* to a page that has *total* bytes of the feed then; raise OSError where it lags."""
-        import socket
-
-        rest, deadline = memoryview(data), _CLOCK.now() + _CLIENT_TIMEOUT
-        connection.sock.settimeout(_LAG_LOOK)
-        while rest:
-            try:
-                rest = rest[connection.sock.send(rest) :]
-                deadline = _CLOCK.now() + _CLIENT_TIMEOUT
-            except socket.timeout:
-                if self.feed.total - total > _MAX_LAG or _CLOCK.now() > deadline:
-                    raise
-
 
 class _Printer:
     """Prints a line a record in the main thread, at most 100 a second: a terminal that stands still holds up nobody."""
 
     def __init__(self) -> None:
-        self.is_over = False
+        self._is_over = False
         self._changed = _Signal()  # there are lines, or it is over
         self._lock = threading.Lock()  # guards what follows
         self._lines: "List[str]" = []  # text and no records, which would be kept as long as a terminal stands still
@@ -5873,13 +5831,15 @@ class _Printer:
 
     def run(self) -> None:
         """Print until it is over."""
-        while not self.is_over:
-            self._changed.wait_for(lambda: self._lines or self.is_over, _CLOCK.now() + 1)
+        while not self._is_over:
+            self._changed.wait_for(lambda: self._lines or self._is_over, _CLOCK.now() + 1)
             self.show()
 
-    def stop(self) -> None:
-        """Have run() return soon. Takes no lock: a signal handler may call it."""
-        self.is_over = True
+    def stop(self, *_: "Any") -> None:
+        """Have run() return soon. A signal handler: takes no lock, and raises nothing that would cut the end short."""
+        if not self._is_over:
+            _alarm(1)
+        self._is_over = True
         self._changed.notify()
 
     def show(self) -> None:
@@ -5899,19 +5859,39 @@ class _Printer:
                 self._more = 0
 
 
+def _alarm(seconds: int) -> None:
+    """Have SIGALRM come every so many *seconds*, where there is one; 0: no more."""
+    import signal
+
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+
+
+def _let_go(*_: "Any") -> None:
+    """Where nobody reads what we print, and we wait for that, have it go nowhere."""
+    import select
+
+    output = select.poll()
+    output.register(1, select.POLLOUT)
+    if not output.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _event_text(record: "Any", reason: "Optional[str]", columns: int) -> str:
     """Return the line that is printed of a record: time, who, what, platform, properties; or in red the reason."""
-    cells = [time.strftime("%H:%M:%S"), "-", "-", "-", reason or ""]
-    if isinstance(record, dict):
-        context = record.get("xcontext")
-        context = context if isinstance(context, dict) else {}
-        who, what = record.get("xwho", "-"), record.get("xwhat", "-")
-        cells[1:4] = map(_plain, (who, what, context.get("$platform", "-")))
-        own = itertools.islice((item for item in context.items() if item[0] not in _CONTEXT_RULES), 10)
-        cells[4] = reason or ", ".join("%s: %s" % (name, _plain(value)) for name, value in own)
-    cells[:4] = [_fit(_printable(cell), width) for cell, width in zip(cells, (8, 16, 20, 8))]
-    text = _fit("  ".join(cells[:4] + [_printable(cells[4])]), columns).rstrip()
+    record = record if isinstance(record, dict) else {}
+    context = record.get("xcontext")
+    context = context if isinstance(context, dict) else {}
+    cells = map(_plain, (record.get("xwho", "-"), record.get("xwhat", "-"), context.get("$platform", "-")))
+    line = [time.strftime("%H:%M:%S")] + [_fit(_printable(cell), width) for cell, width in zip(cells, (16, 20, 8))]
+    text = _fit("  ".join(line + [_printable(reason or _own_properties(context))]), columns).rstrip()
     return "\x1b[31m%s\x1b[0m" % text if reason and _has_colours() else text
+
+
+def _own_properties(context: "Record") -> str:
+    """Return in short what a record holds beside what each one has."""
+    own = (name for name in context if name not in _CONTEXT_RULES or name == "$original_id")
+    return ", ".join("%s: %s" % (name, _plain(context[name])) for name in itertools.islice(own, 10))
 
 
 def _plain(value: "Any") -> str:
@@ -5927,52 +5907,13 @@ def _fit(text: str, width: int) -> str:
 
 def _serve(arguments: "Any") -> int:
     """Run a site until a signal comes; print what arrives, and how much it was."""
-    # What is needed while it runs: out of an import, a signal may come as another error than KeyboardInterrupt.
-    import select
+    import select  # noqa: F401  # what is needed while it runs: no signal is to come amid an import
     import shutil  # noqa: F401
-    import signal
 
-    def let_go(*_: "Any") -> None:
-        """Where nobody reads what we print, and we wait for that, have it go nowhere."""
-        output = select.poll()
-        output.register(1, select.POLLOUT)
-        if not output.poll(0):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    if bool(arguments.forward) != bool(arguments.spool_path):
-        raise _illegal("--spool-path", arguments.spool_path, "must be given with --forward, and only then")
-    for origin in arguments.cors:
-        if not re.fullmatch(r"https?://[^/?#*@\s]+", origin, re.IGNORECASE):
-            raise _illegal("--cors", origin, "must be an origin, like http://localhost:3000, without a path")
-    tls, log, forward = _server_tls(arguments.tls), None, None
-    if arguments.forward:
-        told = functools.partial(_print_error, "not forwarded")
-        forward = BatchCollecter(arguments.forward, 1, 500, 500, spool_path=arguments.spool_path, on_error=told)
-    try:
-        if arguments.log_path:
-            log = LogCollecter(arguments.log_path)
-            found = _look_at_directory(arguments.log_path, False, 0)
-            if found.state == "FAIL":
-                raise AnalysysPythonSdkFileException("--log-path: " + found.seen)
-        site = _Site(arguments, tls, log, forward)
-    except AnalysysPythonSdkException:
-        if forward is not None:
-            forward.close(0)
-        raise
+    site, kept = _open_site(arguments), {}
     is_private = _is_loopback("[%s]" % site.address if ":" in site.address else site.address)
-    clock = getattr(signal, "SIGALRM", None)
-
-    def stop(*_: "Any") -> None:  # raises nothing: nothing of the end, which counts, is cut short by one more signal
-        if clock and not site.printer.is_over:
-            signal.setitimer(signal.ITIMER_REAL, 1, 1)
-        site.printer.stop()
-
-    handlers = [(signal.SIGINT, stop), (signal.SIGTERM, stop)] + ([(clock, let_go)] if clock else [])
-    kept = {number: signal.getsignal(number) for number, _ in handlers}
     try:
-        for number, handler in handlers:
-            if kept[number] is not signal.SIG_IGN or number != signal.SIGINT:  # as a shell's background job has it
-                signal.signal(number, handler)
+        kept = _handle(SIGINT=site.printer.stop, SIGTERM=site.printer.stop, SIGALRM=_let_go)
         _print("serving on %s" % site.url)
         if not is_private:
             _print("analysys: whoever reaches %s can read what comes in" % site.address, "stderr")
@@ -5981,24 +5922,36 @@ def _serve(arguments: "Any") -> int:
         site.printer.show()
         # Not as_json(): a request may still be at work, and counts.
         summary = "{:,} accepted, {:,} refused".format(site.inventory.accepted, site.inventory.refused)
-        if forward is not None:
-            forward.close(0.2)
-            summary += "; {:,} wait in {}".format(forward.stats()["pending"], arguments.spool_path)
+        if site.forward is not None:
+            summary += "; {:,} wait in {}".format(site.forward.stats()["pending"], arguments.spool_path)
         _print(summary)
     finally:
-        site.close()
-        if clock:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        _alarm(0)
         _restore(kept)
+        site.close()
     return _DONE
 
 
-def _restore(handlers: "Dict[int, Any]") -> None:
-    """Give signals their *handlers* back; where this process ends now, one more signal would only spoil its status."""
-    import signal
-
-    for number, handler in handlers.items():
-        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
+def _open_site(arguments: "Any") -> "_Site":
+    """Return the site that the options ask for, or raise what is wrong with them."""
+    if bool(arguments.forward) != bool(arguments.spool_path):
+        raise _illegal("--spool-path", arguments.spool_path, "must be given with --forward, and only then")
+    for origin in arguments.cors:
+        if not re.fullmatch(r"https?://[^/?#*@\s]+", origin, re.IGNORECASE):
+            raise _illegal("--cors", origin, "must be an origin, like http://localhost:3000, without a path")
+    tls, log, forward = _server_tls(arguments.tls), None, None
+    if arguments.log_path:
+        log = LogCollecter(arguments.log_path)
+        log._put(b"", False)  # it is made, and raises, now
+    if arguments.forward:
+        told = functools.partial(_print_error, "not forwarded")
+        forward = BatchCollecter(arguments.forward, 1, 500, 500, spool_path=arguments.spool_path, on_error=told)
+    try:
+        return _Site(arguments, tls, log, forward)
+    except AnalysysPythonSdkException:
+        if forward is not None:
+            forward.close(0)
+        raise
 
 
 def _server_tls(files: "Optional[List[str]]") -> "Any":
@@ -6047,7 +6000,7 @@ _HTML = """<!doctype html>
     <select id="what" data-label="what"></select>
     <select id="platform" data-label="platform"></select>
     <select id="outcome" data-label="outcome"></select>
-    <button id="pause" type="button" aria-pressed="false" aria-keyshortcuts="p"></button>
+    <button id="pause" type="button" data-t="pause" aria-pressed="false" aria-keyshortcuts="p"></button>
     <button id="download" type="button" data-t="download" data-title="downloadHint"></button>
     <button id="clear" type="button" data-t="clear" data-title="clearHint"></button>
   </form>
@@ -6206,16 +6159,15 @@ const visible = text => text.replace(/[\0-\t\v-\x1f\x7f-\x9f\u061c\u200e\u200f\u
   mark => "\\u" + mark.charCodeAt(0).toString(16).padStart(4, "0"));
 
 // Everything that is shown is made here, as text: what an event holds never becomes markup.
-function make(tag, name, text, ...children) {
+function make(tag, name, ...parts) {
   const element = document.createElement(tag);
   if (name) element.className = name;
-  if (text !== undefined) element.textContent = visible(text);
-  element.append(...children);
+  element.append(...parts.map(part => typeof part === "string" ? visible(part) : part));
   return element;
 }
 
-// ---- Events: the newest first. What comes while it is paused waits in `waiting`.
-let events = [], waiting = [], newest = 0, chosen = null, paused = false, stale = true;
+// ---- Events: the newest first
+let events = [], newest = 0, chosen = null, paused = false, stale = true;
 
 function parse(line) {
   const event = JSON.parse(line), record = event.record || {};
@@ -6242,12 +6194,11 @@ function row(event) {
   const hidden = /^\$(lib|lib_version|platform|is_login|debug)$/;
   const own = Object.entries(event.context).filter(([name]) => !hidden.test(name)).slice(0, 20);
   const rest = event.reason || own.map(([name, value]) => name + ": " + plain(value).slice(0, 100)).join(", ");
-  const login = event.context.$is_login;
-  event.row = make("div", event.reason === null ? "row" : "row refused", undefined,
-    make("span", "time", new Date(event.received).toLocaleTimeString("en-GB")),
-    make("span", "what", event.what || "?"), make("span", "who", event.who), make("span", "platform", event.platform),
-    make("span", "login", login === true ? t("yes") : login === false ? t("no") : ""),
-    make("span", "rest", rest.slice(0, 400)));
+  const time = new Date(event.received).toLocaleTimeString("en-GB"), login = event.context.$is_login;
+  const cells = { time, what: event.what || "?", who: event.who, platform: event.platform,
+    login: login === true ? t("yes") : login === false ? t("no") : "", rest: rest.slice(0, 400) };
+  const spans = Object.entries(cells).map(([name, text]) => make("span", name, text));
+  event.row = make("div", event.reason === null ? "row" : "row refused", ...spans);
   event.row.id = "e" + event.n;
   event.row.setAttribute("role", "option");
   event.row.setAttribute("aria-selected", "false");
@@ -6255,27 +6206,25 @@ function row(event) {
   return event.row;
 }
 
-function hint() {
-  $("hint").textContent = $("rows").firstChild ? "" : events.length ? t("none") : t("nothing", location.origin);
+// What is drawn again and again keeps its elements: a click or a focus would be lost with them.
+function arrange(parent, children) {
+  const wanted = new Set(children);
+  for (const one of [...parent.children]) if (!wanted.has(one)) one.remove();
+  let next = parent.firstChild;
+  for (const one of children)
+    if (one === next) next = next.nextSibling;
+    else parent.insertBefore(one, next);
 }
 
 function show() {
-  $("rows").replaceChildren(...events.filter(fits).map(row));
-  hint();
-}
-
-function add(fresh) {  // oldest first
-  events = fresh.slice().reverse().concat(events);
-  for (const old of events.splice(KEPT)) if (old.row) old.row.remove();
-  const rows = fresh.filter(event => fits(event) && event.n >= events[events.length - 1].n).map(row).reverse();
-  rows.slice(0, 50).forEach(one => one.classList.add("fresh"));
-  $("rows").prepend(...rows);
+  const rows = events.filter(fits).map(row);
+  arrange($("rows"), rows);
+  $("hint").textContent = rows.length ? "" : events.length ? t("none") : t("nothing", location.origin);
   options($("platform"), t("platform"), events.map(event => event.platform));
-  hint();
 }
 
 function options(select, title, names, show = name => name.slice(0, 60)) {
-  const kept = select.value, all = [...new Set(names.filter(Boolean).concat(kept || []))].sort().slice(0, SHOWN);
+  const kept = select.value, all = [...new Set([kept, ...names].filter(Boolean))].slice(0, SHOWN).sort();
   if (select.dataset.all === JSON.stringify(all)) return;
   select.dataset.all = JSON.stringify(all);
   const made = [["", title + ": " + t("all")]].concat(all.map(name => [name, show(name)]));
@@ -6284,7 +6233,7 @@ function options(select, title, names, show = name => name.slice(0, 60)) {
 }
 
 function choose(event) {
-  if (chosen && chosen.row) chosen.row.setAttribute("aria-selected", "false");
+  if (chosen) chosen.row.setAttribute("aria-selected", "false");
   chosen = event;
   if (!event) return $("rows").removeAttribute("aria-activedescendant");
   event.row.setAttribute("aria-selected", "true");
@@ -6302,20 +6251,18 @@ function step(by) {
 
 // ---- One record: its exact text, in lines
 function pretty(raw) {
-  const pieces = [""], tokens = visible(raw).match(/"(?:[^"\\]|\\.)*"|[{}[\],:]|[^\s{}[\],:"]+/g) || [];
+  const pieces = [""], say = text => { pieces[pieces.length - 1] += text; };
   const opens = token => token === "{" || token === "[", closes = token => token === "}" || token === "]";
-  const say = text => { pieces[pieces.length - 1] += text; };
-  let depth = 0;
-  tokens.forEach((token, place) => {
-    const before = tokens[place - 1], after = tokens[place + 1];
+  let depth = 0, before = "";
+  for (const token of visible(raw).match(/"(?:[^"\\]|\\.)*":?|[{}[\],]|[^{}[\],:"]+/g)) {
     if (closes(token)) depth--;
-    const breaks = before === "," || opens(before) !== closes(token);
-    if (place && breaks) say("\n" + "  ".repeat(Math.min(depth, 99)));
+    if (before && (before === "," || opens(before) !== closes(token))) say("\n" + "  ".repeat(Math.min(depth, 99)));
     if (opens(token)) depth++;
-    const kind = token[0] !== '"' ? "number" : after === ":" ? "name" : "text";
-    if (place > COLOURED || /^[{}[\],:]$/.test(token)) say(token === ":" ? ": " : token);
-    else pieces.push(make("span", kind, token), "");
-  });
+    if (pieces.length > COLOURED || /^[{}[\],]$/.test(token)) say(token);
+    else pieces.push(make("span", token[0] !== '"' ? "number" : token.endsWith(":") ? "name" : "text", token), "");
+    if (token.endsWith(":")) say(" ");
+    before = token;
+  }
   return pieces;
 }
 
@@ -6367,7 +6314,6 @@ function draw(now, rates) {
   $("chart").setAttribute("aria-label", t("chart", number(rates.length ? peak : 0)));
 }
 
-// What is drawn again and again keeps its elements: a click or a focus would be lost with them.
 let drawn = new Map();
 
 function kept(key, build) {
@@ -6376,37 +6322,25 @@ function kept(key, build) {
   return drawn.get(key);
 }
 
-function arrange(parent, children) {
-  const old = new Set(parent.children), wanted = new Set(children);
-  for (const one of old) if (!wanted.has(one)) one.remove();
-  children.forEach((one, place) => {
-    if (parent.children[place] !== one) parent.insertBefore(one, parent.children[place] || null);
-  });
-}
-
 function count() {
   const sorted = Object.entries(inventory.events).sort((one, other) => other[1].count - one[1].count);
   $("accepted").textContent = number(inventory.accepted);
   $("refused").textContent = number(inventory.refused);
   options($("what"), t("what"), sorted.slice(0, SHOWN).map(([name]) => name).concat(events.map(event => event.what)));
-  const top = sorted.slice(0, 50);
-  const items = top.map(([name, event]) => kept("count " + name, () => countOf(name)).draw(event, top[0][1].count));
+  const items = sorted.slice(0, 50).map(([name, event]) => countOf(name, event, sorted[0][1].count));
   if (sorted.length > 50) items.push(make("li", "", t("more", number(sorted.length - 50))));
   arrange($("counts"), items);
   if (!$("inventory").hidden) list(sorted);
 }
 
-function countOf(name) {
-  const amount = make("span"), bar = make("i");
-  const button = make("button", "", undefined, make("bdi", "", name), amount, bar);
-  const item = make("li", "", undefined, button);
+function countOf(name, event, most) {
+  const build = () => make("li", "", make("button", "", make("bdi", "", name), make("span"), make("i")));
+  const item = kept("count " + name, build), button = item.firstChild, [, amount, bar] = button.children;
+  amount.textContent = number(event.count);
+  bar.style.width = 100 * event.count / most + "%";
+  button.setAttribute("aria-pressed", $("what").value === name);
   button.onclick = () => { $("what").value = $("what").value === name ? "" : name; show(); count(); };
-  return { draw: (event, most) => {
-    amount.textContent = number(event.count);
-    bar.style.width = 100 * event.count / most + "%";
-    button.setAttribute("aria-pressed", $("what").value === name);
-    return item;
-  } };
+  return item;
 }
 
 function list(sorted) {
@@ -6414,37 +6348,29 @@ function list(sorted) {
   if (conflicts.length) {
     const items = conflicts.slice(0, SHOWN).map(({ kind, property, types, spellings }) =>
       make("li", "", `${property} (${t(kind)}): ${tally(types)}; ${spellings.join(", ")}`));
-    const list = make("ul", "", undefined, ...items);
-    parts.push(make("div", "conflicts bad", undefined, make("h2", "", t("conflicts")), list));
+    parts.push(make("div", "conflicts bad", make("h2", "", t("conflicts")), make("ul", "", ...items)));
   }
   if (inventory.cut) parts.push(make("p", "bad", t("cut")));
   const bad = new Set(conflicts.map(conflict => conflict.property));
-  for (const [name, event] of sorted.slice(0, SHOWN))
-    parts.push(kept("event " + name, () => eventOf(name, sorted.length <= 12)).draw(event, bad));
+  for (const [name, event] of sorted.slice(0, SHOWN)) parts.push(eventOf(name, event, bad, sorted.length <= 12));
   if (sorted.length > SHOWN) parts.push(make("p", "", t("more", number(sorted.length - SHOWN))));
   if (!sorted.length) parts.push(make("p", "", t("nothing", location.origin)));
   arrange($("inventory"), parts);
 }
 
-function eventOf(name, open) {
-  const times = make("small"), table = make("table");
-  const title = make("summary", "", undefined, make("bdi", "", name), " ", times);
-  const details = make("details", "", undefined, title, table);
-  let draw = () => {};
-  details.open = open;
-  details.ontoggle = () => draw();
-  return { draw: (event, bad) => {
-    times.textContent = t("times", number(event.count));
-    draw = () => table.replaceChildren(...details.open ? properties(event, bad) : []);
-    draw();
-    return details;
-  } };
+function eventOf(name, event, bad, open) {
+  const title = () => make("summary", "", make("bdi", "", name), " ", make("small"));
+  const build = () => Object.assign(make("details", "", title(), make("table")), { open, ontoggle: count });
+  const details = kept("event " + name, build);
+  details.querySelector("small").textContent = t("times", number(event.count));
+  details.lastChild.replaceChildren(...details.open ? properties(event, bad) : []);
+  return details;
 }
 
 const tally = types => Object.entries(types).map(([type, times]) => `${type} ${number(times)}`).join(", ");
 
 function properties(event, bad) {
-  const line = (tag, name, texts) => make("tr", name, undefined, ...texts.map(text => make(tag, "", text)));
+  const line = (tag, name, texts) => make("tr", name, ...texts.map(text => make(tag, "", text)));
   const rows = Object.entries(event.properties).slice(0, SHOWN).map(([name, { types, example }]) =>
     line("td", bad.has(name.toLowerCase()) ? "bad" : "", [name, tally(types), plain(example)]));
   return [line("th", "", ["properties", "types", "example"].map(key => t(key))), ...rows];
@@ -6466,59 +6392,53 @@ async function look() {  // where a look takes long, the next one is far
   setTimeout(look, Math.max(1000, 5 * (performance.now() - start)));
 }
 
-// ---- The stream. What came is gathered for a moment, so that thousands a second are shown a few times a second.
-let gathered = [], told = [0, 0], source = null;
+// ---- The stream. What came waits for a moment, so that thousands a second are shown at once, or as long as it pauses
+let waiting = [], told = [0, 0], live = true;
 
 function connect() {
-  source = new EventSource("/api/stream");
-  source.onopen = () => { state(true); stale = true; };
+  const source = new EventSource("/api/stream");
+  source.onopen = () => { live = stale = true; };
   source.onerror = () => {
-    state(false);
+    live = false;
     if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000);
   };
   source.onmessage = message => {
     const event = parse(message.data);
     if (event.n <= newest) return;  // seen before the connection was lost
     newest = event.n;
-    if (!gathered.length) setTimeout(settle, 150);
-    gathered.push(event);
-    if (gathered.length > KEPT) gathered.shift();
+    waiting.push(event);
+    if (waiting.length > KEPT) waiting.shift();
+    told = [told[0] + 1, told[1] + (event.reason !== null)];
+    stale = true;
   };
   source.addEventListener("clear", message => {
     newest = +message.lastEventId;
-    events = []; waiting = []; gathered = []; stale = true;
+    events = []; waiting = []; stale = true;
     choose(null);
     $("detail").hidden = true;
     show();
-    state(true);
   });
 }
 
 function settle() {
-  const fresh = gathered;
-  gathered = [];
-  stale = true;
-  told = [told[0] + fresh.length, told[1] + fresh.filter(event => event.reason !== null).length];
-  if (paused) waiting = waiting.concat(fresh).slice(-KEPT);
-  else if (fresh.length) add(fresh);
-  if (paused) state(true);
-}
-
-function state(live) {
-  $("state").className = live ? "" : "off";
+  if (!paused && waiting.length) {
+    const fresh = waiting.splice(0).reverse();
+    events = fresh.concat(events).slice(0, KEPT);
+    fresh.slice(0, 50).forEach(event => row(event).classList.add("fresh"));
+    show();
+  }
   const text = !live ? t("off") : paused ? t("paused", number(waiting.length)) : t("live");
   if ($("state").textContent !== text) $("state").textContent = text;
+  $("state").className = live ? "" : "off";
 }
 
 function pause() {
   paused = !paused;
   $("pause").textContent = t(paused ? "resume" : "pause");
   $("pause").setAttribute("aria-pressed", paused);
-  const fresh = waiting;
-  waiting = [];
-  if (fresh.length) add(fresh);
-  state(source.readyState === EventSource.OPEN);
 }
+
+const clear = () => fetch("/api/events", { method: "DELETE" });
 
 function turn(to) {
   for (const view of ["events", "inventory"]) {
@@ -6548,17 +6468,11 @@ for (const one of document.querySelectorAll("[data-title]")) one.title = t(one.d
 for (const one of document.querySelectorAll("[data-label]")) one.setAttribute("aria-label", t(one.dataset.label));
 $("search").placeholder = t("search") + "  /";
 options($("what"), t("what"), []);
-options($("platform"), t("platform"), []);
 options($("outcome"), t("outcome"), ["accepted", "refused"], t);
-$("pause").textContent = t("pause");
 $("search").oninput = show;
 for (const id of ["what", "platform", "outcome"]) $(id).onchange = () => { show(); stale = true; };
 $("tools").onsubmit = () => false;
-$("pause").onclick = pause;
-$("download").onclick = download;
-$("clear").onclick = () => fetch("/api/events", { method: "DELETE" });
-$("copy").onclick = copy;
-$("close").onclick = close;
+for (const act of [pause, download, clear, copy, close]) $(act.name).onclick = act;  // a button has the name of its act
 for (const view of ["events", "inventory"]) $("tab-" + view).onclick = () => turn(view);
 setInterval(() => {  // not more often: a screen reader reads it aloud
   if (told[0]) $("news").textContent = t("came", number(told[0]), number(told[1]));
@@ -6568,6 +6482,7 @@ draw(0, []);
 show();
 connect();
 look();
+setInterval(settle, 150);
 """
 
 
@@ -6604,12 +6519,8 @@ class _Stop:
         self._kept: "Dict[int, Any]" = {}
 
     def __enter__(self) -> "_Stop":
-        import signal
-
-        names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                self._kept[number] = signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            self._kept = _handle(SIGINT=self._on_signal, SIGTERM=self._on_signal, SIGHUP=self._on_signal)
         return self
 
     def __exit__(self, *_: "Any") -> None:
@@ -8100,10 +8011,9 @@ def _print_step(row: "Record") -> None:
     width = max(40, min(shutil.get_terminal_size((100, 24)).columns, 120))
     took = "" if row["ms"] is None else "  (%d ms)" % row["ms"]
     colour = "\x1b[%dm%%s\x1b[0m" % {"FAIL": 31, "WARN": 33}.get(row["state"], 32) if _has_colours() else "%s"
-    lines = textwrap.wrap(row["seen"] + took, width - 18) or [""]
-    _print(colour % ("%-4s" % row["state"]) + "  %-10s  %s" % (row["step"], lines[0]))
-    for line in lines[1:] + (textwrap.wrap("try: " + row["try"], width - 18) if row["try"] else []):
-        _print(" " * 18 + line)
+    lines = textwrap.wrap(row["seen"] + took, width - 18)
+    lines += textwrap.wrap("try: " + row["try"], width - 18) if row["try"] else []
+    _print(colour % ("%-4s" % row["state"]) + "  %-10s  " % row["step"] + ("\n" + " " * 18).join(lines))
 
 
 class _Doctor:
@@ -8134,19 +8044,19 @@ class _Doctor:
 
     def run(self, step: str, look: "Callable[[], _Finding]") -> None:
         """Note what *look* sees, if it ends in time."""
-        seen: "List[_Finding]" = []
-        start, seconds = _CLOCK.now(), self._arguments.request_timeout
+        seconds = self._arguments.request_timeout
+        seen = [_Finding("FAIL", "it did not end in %g s" % seconds, None)]
         thread = threading.Thread(target=lambda: seen.append(_finding(look)), daemon=True)
+        start = _CLOCK.now()
         try:
             thread.start()
             thread.join(seconds + 1)  # most end by themselves before
         except RuntimeError:
             seen.append(_finding(look))
-        took = int((_CLOCK.now() - start) * 1000)
-        state, text, advice = seen[0] if seen else _Finding("FAIL", "it did not end in %g s" % seconds, None)
+        state, text, advice = seen[-1]
+        ms = None if state == "SKIP" else int((_CLOCK.now() - start) * 1000)
         if state == "FAIL" and step not in ("file", "python") and not self._blocked:
             self._blocked = step
-        ms = None if state == "SKIP" else took
         self.rows.append({"step": step, "state": state, "seen": _printable(text), "try": advice, "ms": ms})
 
     def _unless_blocked(self, look: "Callable[[], _Finding]") -> "_Finding":
@@ -8217,13 +8127,13 @@ class _Doctor:
 
         dead, alive = [], []
         for family, kind, protocol, _, address in self._addresses:
-            with socket.socket(family, kind, protocol) as sock:
-                sock.settimeout(self._arguments.request_timeout / len(self._addresses))
-                try:
+            try:
+                with socket.socket(family, kind, protocol) as sock:
+                    sock.settimeout(self._arguments.request_timeout / len(self._addresses))
                     sock.connect(address)
                     alive.append(str(address[0]))
-                except OSError as error:
-                    dead.append("%s: %s" % (address[0], error))
+            except OSError as error:  # also where this system has no IPv6
+                dead.append("%s: %s" % (address[0], error))
         text = "%sport %d: " % ("the proxy's " * bool(self._proxy), self._target()[1])
         text += "; ".join([", ".join(alive) + " answers"] * bool(alive) + dead)
         advice = "is the port right? is a firewall in between? is the server up?" if dead else None
@@ -8277,21 +8187,20 @@ class _Doctor:
         return _Finding("WARN", text, advice) if abs(off) > _CLOCK_OFF else _Finding("OK", text, None)
 
     def _event(self) -> "_Finding":
-        context = {"$lib": _LIB, "$lib_version": __version__, "$platform": _LIB, "$is_login": False, "$debug": 1}
-        record = {"appid": self._arguments.app_id, "xwho": "analysys-check", "xwhat": "analysys_check"}
-        record.update(xwhen=int(time.time() * 1000), xcontext=context)
         _LOGGING.now = True  # in this thread: what debug mode logs is shown as this step
         url, seconds = self._parts.geturl(), self._arguments.request_timeout
-        collecter = DefaultCollecter(url, seconds, ssl_context=self._context, headers=self._headers)
+        tracker = AnalysysPythonSdk(DefaultCollecter(url, seconds, ssl_context=self._context, headers=self._headers))
+        tracker.setAppId(self._arguments.app_id)
+        tracker.setDebugMode(1)
         try:
-            collecter.uploadData(record)
+            tracker.track("analysys-check", "analysys_check")
             return _Finding("OK", "the server took an event: %s" % _SUCCESS.reason, None)
         except AnalysysPythonSdkIllegalDataException as error:
             return _Finding("FAIL", str(error), "is the app id the one that the platform shows?")
         except AnalysysPythonSdkException as error:
             return _Finding("FAIL", str(error), "is %s the receiving address of the platform?" % url)
         finally:
-            collecter.close(0)
+            tracker.close(0)
 
 
 def _finding(look: "Callable[[], _Finding]") -> "_Finding":
@@ -8471,8 +8380,6 @@ def _calm_ctrl_c() -> "Dict[int, Any]":
 
     Return the handler that it had.
     """
-    import signal
-
     not_before = 0.0
 
     def interrupt(*_: "Any") -> None:
@@ -8481,17 +8388,34 @@ def _calm_ctrl_c() -> "Dict[int, Any]":
             not_before = _CLOCK.now() + 1
             raise KeyboardInterrupt
 
-    kept = signal.getsignal(signal.SIGINT)
-    if kept is not signal.default_int_handler:  # ignored, as a shell's background job has it
-        return {}
-    signal.signal(signal.SIGINT, interrupt)
-    return {signal.SIGINT: kept}
+    return _handle(SIGINT=interrupt)
+
+
+def _handle(**handlers: "Any") -> "Dict[int, Any]":
+    """Give signals *handlers* by their names; return those that they had.
+
+    One that this system lacks, or that is ignored (by nohup, for a shell's background job), stays as it is.
+    """
+    import signal
+
+    there = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+    taken = [number for number in there if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, there[number]) for number in taken}
+
+
+def _restore(handlers: "Dict[int, Any]") -> None:
+    """Give signals their *handlers* back; where this process ends now, one more signal would only spoil its status."""
+    import signal
+
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
 
 
 def _parser() -> "Any":
     import argparse
 
-    size, port = _converter(int, _RULES["size"]), _converter(str, _Rule("must be a port from 0 to 65535", _port))
+    size = _converter(int, _RULES["size"])
+    port = _converter(int, _Rule("must be a port from 0 to 65535", lambda number: _integer(number, 0, 65535)))
     parser = argparse.ArgumentParser(prog="analysys", description="Server-side events for Analysys Ark.")
     parser.add_argument("--version", action="store_true", help="show the version, the file's SHA-256 and the Python")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -8540,16 +8464,16 @@ def _parser() -> "Any":
 
 def _parsed(parser: "Any", argv: "Optional[List[str]]") -> "Tuple[Any, int]":
     """Return the arguments, or None and the exit status where argparse has said all: the help, or what is wrong."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
-    try:
-        return parser.parse_args(argv), _DONE
-    except SystemExit as stop:
-        status = _WRONG_USAGE if stop.code else _DONE
-        out, err = sys.stdout.getvalue(), sys.stderr.getvalue()
-    finally:
-        sys.stdout, sys.stderr = streams
-    _print((err.strip().splitlines() or [""])[-1] if status else out.rstrip(), "stderr" if status else "stdout")
+    import contextlib
+
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        try:
+            return parser.parse_args(argv), _DONE
+        except SystemExit as stop:
+            status = _WRONG_USAGE if stop.code else _DONE
+    text = told.getvalue().rstrip()
+    _print(text.rpartition("\n")[2] if status else text, "stderr" if status else "stdout")
     return None, status
 
 
@@ -8573,12 +8497,6 @@ def _converter(kind: "Callable[[str], Any]", rule: _Rule) -> "Callable[[str], An
             raise argparse.ArgumentTypeError("it %s, not %s" % (rule.text, _shown(text))) from None
 
     return convert
-
-
-def _port(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError
-    return int(text)
 
 
 def _print(text: str, stream: str = "stdout") -> None:
@@ -8621,7 +8539,7 @@ def _demo(arguments: "Any") -> int:
     """Run the scenario through all collecters and show what arrived."""
     import tempfile
 
-    rows, done, sent, received, server = [], [], 0, 0, _DemoReceiver()
+    rows, sums, is_all, server = [], [], True, _DemoReceiver()
     with tempfile.TemporaryDirectory() as directory, server:
         for name, make in (
             ("DefaultCollecter", DefaultCollecter),
@@ -8638,14 +8556,13 @@ def _demo(arguments: "Any") -> int:
                 with io.open(os.path.join(directory, file), encoding="utf-8") as lines:
                     arrived += [json.loads(line) for line in lines]
             rows += [_demo_row(name, record) for record in arrived]
-            done.append((name, tracker._collecter.stats()["accepted"], len(arrived), took))
+            sent = tracker._collecter.stats()["accepted"]
+            is_all = is_all and sent == len(arrived)
+            tick = _showable("✓", "ok") if sent == len(arrived) else _showable("✗", "NO")
+            sums.append("%s %-16s  %d sent, %d received, %.1f ms" % (tick, name, sent, len(arrived), took))
     _print_table([("via", "time", "who", "what", "platform", "login", "properties")] + rows)
-    for name, number, there, took in done:
-        sent, received = sent + number, received + there
-        tick = _showable("✓", "ok") if number == there else _showable("✗", "NO")
-        _print("%s %-16s  %d sent, %d received, %.1f ms" % (tick, name, number, there, took))
-    _print("next: python3 analysys.py serve, and see yours at http://127.0.0.1:4089")
-    return _DONE if received == sent > 0 else _NOT_DELIVERED
+    _print("\n".join(sums + ["next: python3 analysys.py serve, and see yours at http://127.0.0.1:4089"]))
+    return _DONE if is_all else _NOT_DELIVERED
 
 
 class _DemoReceiver(Receiver):
@@ -8692,11 +8609,10 @@ def _scenario(tracker: AnalysysPythonSdk) -> None:
 def _demo_row(name: str, record: "Record") -> "Tuple[str, ...]":
     """Return what the table shows of a record: by whom, when, who, what, platform, login, properties."""
     context = record["xcontext"]
-    own = {key: value for key, value in context.items() if key not in _CONTEXT_RULES or key == "$original_id"}
     when = time.strftime("%H:%M:%S", time.localtime(record["xwhen"] / 1000))
     login = "yes" if context["$is_login"] else "no"
-    properties = ", ".join("%s: %s" % (key, _plain(value)) for key, value in own.items())
-    return name[:-9], when, record["xwho"], record["xwhat"], context["$platform"], login, properties
+    platform, properties = context["$platform"], _own_properties(context)
+    return name[:-9], when, record["xwho"], record["xwhat"], platform, login, properties
 
 
 def _print_table(rows: "List[Tuple[str, ...]]") -> None:

@@ -7749,6 +7749,8 @@ def test_a_refusal_names_record_field_and_rule():
         for digits in "1" * 1200, 10 ** 1200:
             told = post(server.url, json.dumps([changed({"a": digits})]).encode())[1]["msg"]
             assert told.startswith("record 1 of 1: ") and "'a'" in told
+        half = json.dumps([record("u", "Event"), dict(record("u", "Event"), extra="\ud800")]).encode()    # of a character
+        assert post(server.url, half)[1]["msg"].startswith("record 2 of 2: ")
         for body in (b"{}", gzip.compress(ONE), b"data=" + ONE, ONE + b"x", b"[NaN]", b'["\xe9"]', b"[]", encode({"a": 1}),
                      b"[" * 10 ** 5):
             assert "array of records, plain or as base64 of gzip" in post(server.url, body)[1]["msg"]
@@ -8165,18 +8167,20 @@ def test_a_stream_sends_each_event_once_and_goes_on_after_the_last_that_was_seen
             assert re.findall(rb"\nevent: clear\n|\ndata: {.n", sent) == [b"\nevent: clear\n", b'\ndata: {"n']
 
 
-@table("look", [0.05, 30.0])
-def test_a_page_that_lags_is_disconnected_and_holds_up_nobody(look, monkeypatch):
-    monkeypatch.setattr(analysys, "_LAG_LOOK", look)
+@table("reads", [False, True])
+def test_a_page_that_lags_is_disconnected_and_holds_up_nobody(reads):
     with site() as server, streaming(server.url) as until:
         large = json.dumps([{"too large": "x" * 10 ** 6}]).encode()
-        if look < 1:
+        if not reads:
             until.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         until(lambda sent: b"retry" in sent)
         connection, = [one for one in server._listener._connections if one.idle_since == float("inf")]
+        if not reads:
+            assert connection.sock.gettimeout() == 20  # in earnest
+            connection.sock.settimeout(0.1)
         for _ in range(12):
             assert post(server.url, large)[1]["code"] == 400
-        if look > 1:                                   # it goes on reading, too late
+        if reads:                                      # it goes on, too late
             until.client.settimeout(0.05)
             def is_over():
                 with contextlib.suppress(socket.timeout):
@@ -8456,6 +8460,14 @@ def test_log_path_has_what_was_accepted_on_disk_before_the_answer(tmp_path):
         assert lines == good
 
 
+@posix_only
+def test_what_else_lies_in_its_log_path_does_not_keep_serve_from_writing(tmp_path):
+    (tmp_path / "rejected.log").symlink_to("elsewhere")
+    os.mkfifo(str(tmp_path / "datas_2018072510.log"))
+    with serving("--log-path", tmp_path) as server:
+        assert post(server.url, ONE)[1]["code"] == 200
+
+
 def test_what_cannot_be_written_is_not_accepted(tmp_path):
     folder = tmp_path / "gone"
     with serving("--log-path", folder) as server:
@@ -8490,7 +8502,7 @@ def test_what_the_spool_of_forward_has_no_room_for_is_not_in_the_log_and_of_one_
     forward = BatchCollecter(URL, spool_path=str(tmp_path / "spool"), spool_max_bytes=1 << 20, queue_timeout=0)
     log = LogCollecter(str(tmp_path / "log"))
     with site() as receiver:
-        receiver._log, receiver._forward, kept = log, forward, []
+        receiver.log, receiver.forward, kept = log, forward, []
         post(receiver.url, encode([record("u", "Before")]))
         kept.append(record("u", "Before"))
         for _ in range(50):
@@ -8724,6 +8736,14 @@ def test_one_of_several_addresses_that_is_dead_is_a_warning():
     with site() as server:
         found = checked(server.url.replace("127.0.0.1", "localhost"))
         assert states(found, "resolve", "connect", "event") == ["OK", "WARN", "OK"]
+
+
+def test_an_address_of_a_kind_that_this_system_lacks_is_a_dead_one(monkeypatch):
+    known, lacking = socket.getaddrinfo, (99, socket.SOCK_STREAM, 0, "", ("::1", 1, 0, 0))      # as where IPv6 is disabled
+    with site() as server:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *asked: [lacking] + known(*asked))
+        found = checked(server.url)
+        assert states(found, "resolve", "connect", "event") == ["OK", "WARN", "OK"] and "::1: " in found["connect"]["seen"]
 
 
 def test_no_room_is_a_failure_and_little_room_a_warning(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def fetch(url, data=None, method=None):
     return json.loads(text.decode()) if text else None
 
 
-def until(condition, what, seconds=15):
+def until(condition, what, seconds=60):
     deadline = time.monotonic() + seconds
     while True:
         found = condition()
@@ -330,6 +330,15 @@ def step_the_inventory_shows_conflicts_in_red(browser, url):
     until(lambda: "3 times" in browser.run("$('inventory').textContent"), "three times")
     assert browser.run("document.querySelectorAll('details:not([open])').length") == 1
     browser.click("#tab-events")
+
+
+def step_a_count_chooses_its_event_however_many_others_there_are(browser, url):
+    post(url, *[record("u", "E%03d" % number) for number in range(600)] + [record("u", "Zz")] * 99)
+    first = "(document.querySelector('#counts li bdi') || {}).textContent"
+    until(lambda: browser.run(first) == "Zz", "the most frequent one on top")
+    browser.click("#counts li:first-child button")
+    shows(browser, ["Zz"] * 99)
+    choose(browser, "#what", "")
 
 
 STEPS = [value for name, value in list(globals().items()) if name.startswith("step_")]
