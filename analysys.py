@@ -6902,7 +6902,7 @@ class _Text:
     """The text of one file in blocks, from any offset on; it notices when what it has read was changed."""
 
     is_packed = False
-    is_paused = False  # whether there is no more for now only
+    is_paused = False  # whether there is no more only for now
 
     def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
         self.path = path
@@ -7107,7 +7107,6 @@ class _Log(_Source):
         self.can_reopen = not text.is_packed
         self.entry: "Record" = {}  # the checkpoint's, which other sources may share
         self.tail = b""  # up to _HASHED bytes before the place, where they are known
-        self.is_held = False  # whether a broken last line waits for those before it
 
     def start(self, entry: "Record") -> None:
         """Begin where *entry* says, which is a place that the file has."""
@@ -7120,6 +7119,9 @@ class _Log(_Source):
         if not self.text.go(offset):
             raise _Changed("it was changed while it was read")
         return self._read
+
+    def is_final(self, text: bytes) -> bool:
+        return not self.text.is_paused
 
     def _read(self, size: int) -> bytes:
         data = self.text.read(size, self.ranges[0][0])
@@ -7441,14 +7443,14 @@ class _Places:
     def leave(self, log: "_Log") -> None:
         """Be done with a file that is read to its end."""
         text = log.text
-        is_left, is_cut = log.ranges[0][0] != text.offset, bool(log.entry.get("cut"))
+        is_left = log.ranges[0][0] != text.offset
         if text.path != "-":
             tail = [len(text.before), _hash(text.before)]
             self._wholes[_hash(text.head)] = {"place": [text.offset], "tail": tail, "left": is_left and log.entry}
-            if not is_left and not is_cut:
+            if not is_left:
                 self._finished[text.path] = text.identity, log.entry
         self._keep_unsettled(log)
-        self._files.finish(log, is_left and not is_cut)
+        self._files.finish(log, is_left and not log.entry.get("cut"))
 
     def fail(self, log: "_Log", error: Exception) -> None:
         """Be done, for now at least, with a file that cannot be read any further."""
@@ -7472,7 +7474,7 @@ class _Places:
         """Remove files that are delivered, and neither of the current period nor the newest."""
         for path in self._files.listing.old(self._finished):
             identity, entry = self._finished.pop(path)
-            if entry.get("kept"):
+            if entry.get("kept") or entry.get("cut"):
                 continue
             checkpoint = self._checkpoints.of(path)
             checkpoint.journal.sync(0.0)
@@ -7593,13 +7595,13 @@ class _Shipment(_LineQueue):
             if log is None:
                 if not self._turn_to_next():
                     return None
-            elif not log.is_held and not log.text.is_paused:  # it is done with
+            elif not log.text.is_paused:  # it is done with
                 self._log = None
                 self.places.leave(log)
             elif self._inhand:  # standard input pauses, or a broken last line waits: what is in hand goes out first
                 return None
             else:  # and then it is looked at again
-                log.is_held = log.is_read = False
+                log.text.is_paused = log.is_read = False
         return self._log
 
     def _turn_to_next(self) -> bool:
@@ -7625,8 +7627,8 @@ class _Shipment(_LineQueue):
         """Tell whether to take the last line of *log*, which has no newline; a broken one after those before it."""
         if self.files.listing.may_grow(log.text.path) or log.text.is_paused or log.entry.get("cut") == len(text):
             return False
-        log.is_held = bool(self._inhand) and _damage(text) is not None
-        return not log.is_held
+        log.text.is_paused = bool(self._inhand) and _damage(text) is not None
+        return not log.text.is_paused
 
     def _count(self, lines: "List[Any]") -> None:
         self.ledger.add({"accepted": len(lines), "pending": len(lines)})

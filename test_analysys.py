@@ -9481,6 +9481,17 @@ def test_a_long_line_that_comes_on_standard_input_in_pieces_is_delivered_once_an
 
 
 @posix_only
+def test_a_dry_run_waits_for_the_end_of_a_line_on_standard_input(tmp_path):
+    text = lines_of(*["e"] * 2000).rstrip()            # more than a pipe takes: it is read while it is written
+    with shipper("-", "--dry-run", cwd=str(tmp_path)) as started:
+        for piece in text[:-100], text[-100:-50], text[-50:]:
+            started.stdin.write(piece.encode())
+            started.stdin.flush()
+            threading.Event().wait(0.3)                # it looks again, and there is no more yet
+        assert ended(started)[:2] == (0, "    2000  event  e\n2000 lines are good, 0 are not, 0 conflicts\n")
+
+
+@posix_only
 def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path):
     with FaultyServer() as server, shipper("-", "--server", server.url, "--batch", "1", cwd=str(tmp_path)) as started:
         started.stdin.write(lines_of("a").encode())
@@ -9516,6 +9527,16 @@ def test_delete_removes_what_is_wholly_delivered_but_never_the_current_periods_n
         assert names.issuperset(current) or time.localtime().tm_hour != moment.tm_hour
         assert ship(tmp_path, "--server", server.url, "--delete").status == 0
         assert not grows.exists() and server.names.count("i") == server.names.count("h") == 1
+
+
+def test_delete_keeps_a_file_whose_last_line_may_still_be_ended(tmp_path):
+    path = log_file(tmp_path / "datas_2018072510.log", "a", ends=lines_of("b")[:40])
+    log_file(tmp_path / "datas_2018072511.log", "c")
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url, "--delete").status == 1 and path.exists()
+        log_file(path, "a", "b")
+        assert ship(tmp_path, "--server", server.url, "--delete").status == 0 and not path.exists()
+        assert server.names == ["a", "c", "b"]
 
 
 def test_delete_keeps_a_file_that_alone_has_what_was_rejected_and_the_last_words_tell(tmp_path):
