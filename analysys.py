@@ -7110,9 +7110,8 @@ class _Log(_Source):
 
     def start(self, entry: "Record") -> None:
         """Begin where *entry* says, which is a place that the file has."""
-        place = entry.get("place", [0, 0])
-        super().__init__(self.name, (place[0], place[1], entry.get("holes", ())))
-        self.text.go(place[0])
+        super().__init__(self.name, (*entry["place"], entry.get("holes", ())))
+        self.text.go(self.offset)
         self.entry, self.tail = entry, self.text.before
 
     def open(self, offset: int) -> "Callable[[int], bytes]":
@@ -7159,7 +7158,7 @@ class _Log(_Source):
             offset, number = self.offset, self.number
         head, tail = self.text.head[:offset], self.tail if offset == self.offset else b""
         size = max([size for size in _HEAD_SIZES if size <= len(head)] + [0])
-        cut = self.entry.get("cut", 0) if offset == self.entry.get("place", [0])[0] else 0
+        cut = self.entry.get("cut", 0) if offset == self.entry["place"][0] else 0
         known = {"head": [size, _hash(head[:size])], "tail": [len(tail), _hash(tail)]}
         self.entry.update(known, place=[offset, number], holes=holes, cut=cut)
 
@@ -7341,9 +7340,11 @@ class _Checkpoint:
                 self._keep(entry)
             self.journal.append(self._lines(entries))
 
-    def new(self, name: str) -> "Record":
+    def new(self, name: str, like: "Optional[Record]" = None) -> "Record":
+        """Return the entry of one more file, which is settled as far as that of *like*, or not at all."""
         self._last += 1
-        return {"n": self._last, "name": name, "settled": 0}
+        like = like or {"place": [0, 0], "head": [0, ""], "tail": [0, ""]}
+        return dict(like, n=self._last, name=name, settled=0, removed=False)
 
     def _keep(self, entry: "Record") -> None:
         self._entries.pop(entry["n"], None)
@@ -7400,17 +7401,16 @@ def _sync_directory(path: str) -> None:
 class _Places:
     """Knows up to which place each file is settled, whatever its name is by now: opens files there, and notes it.
 
-    A file that is read to its end is closed. It may come again while a line of it stands aside, because it has grown or
-    was renamed: it waits then, lest the same line is taken twice.
+    A file that is read to its end is closed. It may come again while lines of it are in flight, because it has grown or
+    was renamed or copied: it waits then, lest the same line is taken twice.
     """
 
     def __init__(self, files: "_Files", checkpoints: "_Checkpoints") -> None:
         self.before = 0  # lines of these files that were settled by earlier runs
         self._files = files
         self._checkpoints = checkpoints
-        # Files that are read to their end, or unreadable, with lines in flight: their inodes, and their entries' "n"
-        self._unsettled: "set[Any]" = set()
-        self._wholes: "Dict[str, Record]" = {}  # hash of the head -> as in a checkpoint, of files that are read
+        self._unsettled: "set[Any]" = set()  # what files are known by that are done with and have lines in flight
+        self._read: "Dict[str, Record]" = {}  # hash of the head -> entry, of files that are done with
         # path -> its identity and entry, of files that are read to their end and not removed
         self._finished: "Dict[str, Tuple[Any, Record]]" = {}
 
@@ -7420,21 +7420,13 @@ class _Places:
         if log is None:
             return None
         try:
-            checkpoint = self._checkpoints.of(path)
-            entry = self._entry(checkpoint, log.text) if path != "-" else None
-            copied = self._copied(log.text) if entry is None and path != "-" else None
-            if copied is not None:
-                entry = dict(copied, **checkpoint.new(log.name))
-            if copied == {}:
-                self._finished[path] = log.text.identity, {}
-                self._files.finish(log, False)
-            elif log.text.identity[:2] in self._unsettled or entry and entry["n"] in self._unsettled:
-                self._files.waiting.append(path)
-                log.text.close()
-            else:
-                log.start(entry or checkpoint.new(log.name))
-                self.before += log.entry["settled"]
-                return log
+            if self._unsettled.isdisjoint(_marks(log.text)):
+                log.start(self._entry(self._checkpoints.of(path), log.text))
+                if log.entry["n"] not in self._unsettled:
+                    self.before += log.entry["settled"]
+                    return log
+            self._files.waiting.append(path)
+            log.text.close()
             return None
         except BaseException:
             log.text.close()
@@ -7444,11 +7436,9 @@ class _Places:
         """Be done with a file that is read to its end."""
         text = log.text
         is_left = log.ranges[0][0] != text.offset
-        if text.path != "-":
-            tail = [len(text.before), _hash(text.before)]
-            self._wholes[_hash(text.head)] = {"place": [text.offset], "tail": tail, "left": is_left and log.entry}
-            if not is_left:
-                self._finished[text.path] = text.identity, log.entry
+        self._read[_hash(text.head)] = log.entry
+        if not is_left:
+            self._finished[text.path] = text.identity, log.entry
         self._keep_unsettled(log)
         self._files.finish(log, is_left and not log.entry.get("cut"))
 
@@ -7466,7 +7456,7 @@ class _Places:
             checkpoint = self._checkpoints.of(log.text.path)
             notes.setdefault(id(checkpoint), (checkpoint, []))[1].append(log.entry)
             if not log.flight:
-                self._unsettled -= {log.text.identity[:2], log.entry["n"]}
+                self._unsettled -= _marks(log.text) | {log.entry["n"]}
         for checkpoint, entries in notes.values():
             checkpoint.note(entries)
 
@@ -7478,36 +7468,33 @@ class _Places:
                 continue
             checkpoint = self._checkpoints.of(path)
             checkpoint.journal.sync(0.0)
-            if _remove(path, identity) and "place" in entry:
+            if _remove(path, identity):
                 entry["removed"] = True
                 checkpoint.note([entry])
 
     def _keep_unsettled(self, log: "_Log") -> None:
         if log.flight:
-            self._unsettled |= {log.text.identity[:2], log.entry["n"]}
+            self._unsettled |= _marks(log.text) | {log.entry["n"]}
             log.text.before = b""  # of many such files
 
-    def _entry(self, checkpoint: "_Checkpoint", text: "_Text") -> "Optional[Record]":
-        """Return the entry about a file, whose text then stands at its place; None where it is new."""
+    def _entry(self, checkpoint: "_Checkpoint", text: "_Text") -> "Record":
+        """Return the entry about a file."""
         name = os.path.basename(text.path)
         known = checkpoint.known(name, text.head)
-        for entry in filter(text.fits, known):
-            if entry["name"] == name or not self._is_there(entry, text) and not entry.get("removed"):
+        read = filter(None, [self._read.get(_hash(text.head))])  # maybe in another directory
+        for entry in filter(text.fits, itertools.chain(known, read)):
+            is_own = entry in known
+            if is_own and (entry["name"] == name or not self._is_there(entry, text) and not entry.get("removed")):
                 entry["name"] = name  # it was renamed
                 return entry
-            if not text.read(1):  # a copy, which the other one may outgrow
-                copy = dict(entry, removed=False, **checkpoint.new(name))
+            if b"\n" not in text.read(_CHUNK).lstrip(_BLANK):  # a copy, which the other one may outgrow
+                copy = checkpoint.new(name, entry)
                 checkpoint.note([copy])
                 return copy
         if known or checkpoint.has(name):
             message = "%s is not as it was left, or begins like another file: it starts at the beginning"
             self._files.listing.tell(message, text.path)
-        return None
-
-    def _copied(self, text: "_Text") -> "Optional[Record]":
-        """Return {} where *text* is that of another file that was just read, or its entry where a last line is left."""
-        whole = self._wholes.get(_hash(text.head))
-        return (whole["left"] or {}) if whole and text.fits(whole) and not text.read(1) else None
+        return checkpoint.new(name)
 
     def _is_there(self, entry: "Record", text: "_Text") -> bool:
         """Tell whether the file of another name that *entry* is about is still there, beside that of *text*."""
@@ -7516,6 +7503,11 @@ class _Places:
                 return other.fits(entry)
         except Exception:  # what unpacks has many
             return False
+
+
+def _marks(text: "_Text") -> "set[Any]":
+    """Return what tells that it is the same file, or a copy of it, before the checkpoint knows of it."""
+    return {text.identity[:2], _hash(text.head)}
 
 
 class _Shipment(_LineQueue):
