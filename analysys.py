@@ -6824,7 +6824,7 @@ class _Files:
         self.listing = listing
         self.waiting: "Deque[str]" = collections.deque()  # those that are to be read, in order
         self.due_at = 0.0  # `_CLOCK`; when to look for more
-        self._check = check  # raises where reading is to end
+        self.check = check  # raises where reading is to end
         self._seen: "Dict[str, Any]" = {}  # path -> its _identity() when it was opened, of files that are read
         self._unended: "set[str]" = set()  # paths whose last line is left, since it may grow
         self._all_seen: "List[str]" = []  # what the listing was when all of it had been read
@@ -6835,26 +6835,16 @@ class _Files:
         """Return the file to read next, if there is one now."""
         now = _CLOCK.now()
         if not self.waiting and now >= self.due_at:
-            self._check()
+            self.check()
             self.due_at = now + _FOLLOW_EVERY if self.listing.is_followed else float("inf")
             self.waiting.extend(self._changed())
         return self.waiting.popleft() if self.waiting else None
 
-    def open(self, path: str) -> "Optional[_Log]":
-        """Open a file that next() returned, if it is to be read."""
-        log = _Log(_open_text(path, self._check))
-        if self.listing.is_foreign(path, log.text):
-            self.finish(log, False)
-            return None
-        return log
-
-    def finish(self, log: "_Log", is_unended: bool) -> None:
-        """Note that a file is read to its end, as it was when it was opened, and close it."""
-        path = log.text.path
-        self._seen[path] = log.text.identity
-        self.listing.problems.pop(path, None)
-        (self._unended.add if is_unended else self._unended.discard)(path)
-        log.text.close()
+    def finish(self, text: "_Text", is_unended: bool) -> None:
+        """Note that a file is read to its end, as it was when it was opened."""
+        self._seen[text.path] = text.identity
+        self.listing.problems.pop(text.path, None)
+        (self._unended.add if is_unended else self._unended.discard)(text.path)
 
     def fail(self, path: str, error: BaseException, identity: "Any") -> None:
         """Note that *path* could not be read; what is wrong with its content is so until that changes."""
@@ -7099,20 +7089,16 @@ def _is_ready(stream: "Any") -> bool:
 
 
 class _Log(_Source):
-    """One file that others write: its lines, and what it is known by."""
+    """One file that others write: its lines, from where *entry* says on, and what it is known by."""
 
-    def __init__(self, text: "_Text") -> None:
-        super().__init__(os.path.basename(text.path))
+    def __init__(self, text: "_Text", checkpoint: "_Checkpoint", entry: "Record") -> None:
+        super().__init__(os.path.basename(text.path), (*entry["place"], entry.get("holes", ())))
         self.text = text
+        self.checkpoint = checkpoint
+        self.entry = entry  # the checkpoint's, which other sources may share
         self.can_reopen = not text.is_packed
-        self.entry: "Record" = {}  # the checkpoint's, which other sources may share
-        self.tail = b""  # up to _HASHED bytes before the place, where they are known
-
-    def start(self, entry: "Record") -> None:
-        """Begin where *entry* says, which is a place that the file has."""
-        super().__init__(self.name, (*entry["place"], entry.get("holes", ())))
-        self.text.go(self.offset)
-        self.entry, self.tail = entry, self.text.before
+        text.go(self.offset)
+        self.tail = text.before  # up to _HASHED bytes before the place, where they are known
 
     def open(self, offset: int) -> "Callable[[int], bytes]":
         if not self.text.go(offset):
@@ -7411,68 +7397,65 @@ class _Places:
         self._checkpoints = checkpoints
         self._unsettled: "set[Any]" = set()  # what files are known by that are done with and have lines in flight
         self._read: "Dict[str, Record]" = {}  # hash of the head -> entry, of files that are done with
-        # path -> its identity and entry, of files that are read to their end and not removed
-        self._finished: "Dict[str, Tuple[Any, Record]]" = {}
+        # path -> its identity, checkpoint and entry, of files that are read to their end and not removed
+        self._finished: "Dict[str, Tuple[Any, _Checkpoint, Record]]" = {}
 
     def open(self, path: str) -> "Optional[_Log]":
         """Open a file at the place up to which it is settled; return None where there is nothing to take now."""
-        log = self._files.open(path)
-        if log is None:
-            return None
+        text = _open_text(path, self._files.check)
         try:
-            if self._unsettled.isdisjoint(_marks(log.text)):
-                log.start(self._entry(self._checkpoints.of(path), log.text))
-                if log.entry["n"] not in self._unsettled:
-                    self.before += log.entry["settled"]
-                    return log
-            self._files.waiting.append(path)
-            log.text.close()
-            return None
+            if self._files.listing.is_foreign(path, text):
+                self._files.finish(text, False)
+            else:
+                checkpoint = self._checkpoints.of(path)
+                entry = self._entry(checkpoint, text) if self._unsettled.isdisjoint(_marks(text)) else None
+                if entry is not None and entry["n"] not in self._unsettled:
+                    self.before += entry["settled"]
+                    return _Log(text, checkpoint, entry)
+                self._files.waiting.append(path)
         except BaseException:
-            log.text.close()
+            text.close()
             raise
+        text.close()
+        return None
 
     def leave(self, log: "_Log") -> None:
         """Be done with a file that is read to its end."""
-        text = log.text
+        text, entry = log.text, log.entry
+        self._close(log)
+        self._read[_hash(text.head)] = entry
         is_left = log.ranges[0][0] != text.offset
-        self._read[_hash(text.head)] = log.entry
         if not is_left:
-            self._finished[text.path] = text.identity, log.entry
-        self._keep_unsettled(log)
-        self._files.finish(log, is_left and not log.entry.get("cut"))
+            self._finished[text.path] = text.identity, log.checkpoint, entry
+        self._files.finish(text, is_left and not entry.get("cut"))
 
     def fail(self, log: "_Log", error: Exception) -> None:
         """Be done, for now at least, with a file that cannot be read any further."""
-        log.text.close()
-        self._keep_unsettled(log)
+        self._close(log)
         self._files.fail(log.text.path, error, log.text.identity)
 
     def note(self, logs: "List[_Log]") -> None:
         """Write down how far files are settled, those of one directory together."""
-        notes: "Dict[int, Tuple[_Checkpoint, List[Record]]]" = {}
         for log in logs:
             log.mark()
-            checkpoint = self._checkpoints.of(log.text.path)
-            notes.setdefault(id(checkpoint), (checkpoint, []))[1].append(log.entry)
             if not log.flight:
                 self._unsettled -= _marks(log.text) | {log.entry["n"]}
-        for checkpoint, entries in notes.values():
-            checkpoint.note(entries)
+        for checkpoint, some in itertools.groupby(logs, lambda log: log.checkpoint):
+            checkpoint.note([log.entry for log in some])
 
     def remove_old(self) -> None:
         """Remove files that are delivered, and neither of the current period nor the newest."""
         for path in self._files.listing.old(self._finished):
-            identity, entry = self._finished.pop(path)
+            identity, checkpoint, entry = self._finished.pop(path)
             if entry.get("kept") or entry.get("cut"):
                 continue
-            checkpoint = self._checkpoints.of(path)
             checkpoint.journal.sync(0.0)
             if _remove(path, identity):
                 entry["removed"] = True
                 checkpoint.note([entry])
 
-    def _keep_unsettled(self, log: "_Log") -> None:
+    def _close(self, log: "_Log") -> None:
+        log.text.close()
         if log.flight:
             self._unsettled |= _marks(log.text) | {log.entry["n"]}
             log.text.before = b""  # of many such files
@@ -7755,9 +7738,8 @@ class _Checkpoints:
 
     def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
         """Do as _RejectedLog.add() does."""
-        for path, group in itertools.groupby(lines, lambda entry: str(entry[0].source.text.path)):
-            journal = self.of(path).journal
-            folder = os.path.dirname(journal.path) if journal is not None else os.curdir
+        for checkpoint, group in itertools.groupby(lines, lambda entry: entry[0].source.checkpoint):
+            folder = os.path.dirname(checkpoint.journal.path) if checkpoint.journal is not None else os.curdir
             rejected = self.rejected.setdefault(folder, _RejectedLog(os.path.join(folder, "rejected.log")))
             some, missing = list(group), rejected.missing
             rejected.add(some, are_damaged)
@@ -8006,12 +7988,12 @@ def _shape(record: "Any") -> "Any":
 
 def _check_files(listing: "_Listing", stop: "_Stop", as_json: bool) -> int:
     """Check every line of files, print what they hold and what is wrong, and return the exit status that says so."""
-    checker, is_stopped = _Checker(), False
+    checker, checkpoint, is_stopped = _Checker(), _Checkpoint(None), False
     for path in listing.all():
         try:
             with _open_text(path, stop.check) as text:
                 if not listing.is_foreign(path, text):
-                    checker.check_all(_Log(text))
+                    checker.check_all(_Log(text, checkpoint, checkpoint.new(path)))
         except _Stopped:
             is_stopped = True
             break

@@ -9860,6 +9860,20 @@ def test_a_copy_that_somebody_makes_is_not_delivered_and_what_grows_beside_it_is
         assert server.names == numbered("e", 60)
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_copy_in_any_given_directory_is_not_delivered_though_blank_lines_end_it(tmp_path, is_known):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    path = log_file(tmp_path / "b" / "datas_1.log", "e", ends="\n\n")
+    with FaultyServer() as server:
+        assert not is_known or ship(tmp_path / "b", "--server", server.url).status == 0
+        shutil.copy(str(path), str(path) + ".1")
+        shutil.copy(str(path), str(tmp_path / "a"))
+        for names in "ba", "ab", "a":
+            shipped = ship(*[tmp_path / name for name in names], "--server", server.url)
+            assert (shipped.status, shipped.err, server.names) == (0, "", ["e"])
+
+
 def test_a_directory_without_any_log_file_says_so(tmp_path):
     shipped = ship(tmp_path, "--server", "http://127.0.0.1:1")
     assert shipped.status == 0 and shipped.err == "analysys: there is no datas_*.log in %s\n" % tmp_path
