@@ -6798,17 +6798,16 @@ class _Bell:
         for folder in itertools.islice(folders if self._fd >= 0 else (), _LOOKED_AT):  # it may be another one by now
             self._folders[self._libc.inotify_add_watch(self._fd, os.fsencode(folder), _INOTIFY)] = folder
         self._folders[-1] = ""  # where a watch is refused; and of an event that says that some were lost
-        rung, data = set(), b"-" * (self._fd >= 0)
-        while data:
-            try:
+        rung = set()
+        try:
+            while self._fd >= 0:
                 data = os.read(self._fd, _CHUNK)
-            except OSError:  # there is no more
-                break
-            while data:
-                watch, size = struct.unpack_from("i8xI", data)
-                rung.add(os.path.join(self._folders[watch], os.fsdecode(data[16 : 16 + size].rstrip(b"\0"))))
-                data = data[16 + size :]
-            data = b"-"
+                while data:
+                    watch, size = struct.unpack_from("i8xI", data)
+                    rung.add(os.path.join(self._folders[watch], os.fsdecode(data[16 : 16 + size].rstrip(b"\0"))))
+                    data = data[16 + size :]
+        except BlockingIOError:  # there is no more
+            pass
         return None if "" in rung else rung
 
     def close(self) -> None:
@@ -6825,9 +6824,8 @@ class _Files:
         self.waiting: "Deque[str]" = collections.deque()  # those that are to be read, in order
         self.due_at = 0.0  # `_CLOCK`; when to look for more
         self.check = check  # raises where reading is to end
-        self._seen: "Dict[str, Any]" = {}  # path -> its _identity() when it was opened, of files that are read
-        self._unended: "set[str]" = set()  # paths whose last line is left, since it may grow
-        self._all_seen: "List[str]" = []  # what the listing was when all of it had been read
+        # path -> its _identity() when it was opened, and whether its last line is left, since it may grow
+        self._seen: "Dict[str, Tuple[Any, bool]]" = {}
         self._turn = 0  # which of the files is looked at next
         self._bell = _Bell() if listing.is_followed else None
 
@@ -6842,9 +6840,8 @@ class _Files:
 
     def finish(self, text: "_Text", is_unended: bool) -> None:
         """Note that a file is read to its end, as it was when it was opened."""
-        self._seen[text.path] = text.identity
+        self._seen[text.path] = text.identity, is_unended
         self.listing.problems.pop(text.path, None)
-        (self._unended.add if is_unended else self._unended.discard)(text.path)
 
     def fail(self, path: str, error: BaseException, identity: "Any") -> None:
         """Note that *path* could not be read; what is wrong with its content is so until that changes."""
@@ -6857,7 +6854,7 @@ class _Files:
         elif not is_gone or not self.listing.is_followed:
             self.listing.fail(path, error)
             if getattr(error, "errno", None) is None or not self.listing.is_followed:
-                self._seen[path] = identity
+                self._seen[path] = identity, False
 
     def close(self) -> None:
         if self._bell is not None:
@@ -6871,14 +6868,13 @@ class _Files:
         begin = self._turn if self._turn < len(found) else 0
         self._turn = begin + _LOOKED_AT
         looked_at = set(found) if rung is None else rung.union(found[begin : self._turn], found[-_LOOKED_AT // 4 :])
-        looked_at.update(self._unended, self.listing.problems)
-        due = {path for path in looked_at if path in self._seen and path != "-" and self._seen[path] != _stat(path)}
-        due.update(path for path in self._unended if not self.listing.may_grow(path))
-        if found is not self._all_seen:
-            due.update(path for path in found if path not in self._seen)
-            self._all_seen = found if due <= self._seen.keys() else []
-        new = [path for path in found if path in due] if due else []
-        return [path for path in new if not self.listing.is_followed or _is_there(path)]
+        due = [path for path in found if path not in self._seen or path in looked_at and self._is_due(path)]
+        return [path for path in due if not self.listing.is_followed or _is_there(path)]
+
+    def _is_due(self, path: str) -> bool:
+        """Tell whether a file that was read has changed since, or will not grow any more."""
+        identity, is_unended = self._seen[path]
+        return path != "-" and identity != _stat(path) or is_unended and not self.listing.may_grow(path)
 
 
 # One file: its text, and the lines of that
