@@ -7094,7 +7094,7 @@ class _Log(_Source):
         self.entry = entry  # the checkpoint's, which other sources may share
         self.can_reopen = not text.is_packed
         text.go(self.offset)
-        self.tail = text.before  # up to _HASHED bytes before the place, where they are known
+        self._tail = [text.before]  # what comes before the place, as far as it is known
 
     def open(self, offset: int) -> "Callable[[int], bytes]":
         if not self.text.go(offset):
@@ -7110,35 +7110,26 @@ class _Log(_Source):
             raise OSError('these are lines of a rejected.log; what was rejected is the member "record" of each')
         return data
 
-    def settle_all(self, lines: "List[_Line]") -> None:
-        """Settle *lines*, which are in order.
-
-        A broken last line without a newline is rejected, and yet the place stays before it, since it may be ended.
-        """
-        last, flight, place = self.flight[lines[-1].start], self.flight, self.offset
-        texts = [flight.pop(line.start).text for line in lines]
-        self.entry["settled"] += len(lines)
-        if not last.text.endswith((b"\n", b"\r")) and _damage(last.text, last.length) is not None:
-            self.entry["cut"] = last.length
-            if len(lines) > 1:
-                last = lines[-2]
-            texts.pop()
-        if texts and last.end > place:
-            self.offset, self.number = last.end, last.number
-            # What stands before the place is put together from the end, as far as the lines touch: none is read anew.
-            known, first = b"", last.end
-            for text, line in zip(reversed(texts), reversed(lines[: len(texts)])):
-                if len(known) == _HASHED or line.end != first or len(text) != line.end - line.start:
-                    break
-                known, first = (text + known)[-_HASHED:], line.start
-            self.tail = ((self.tail if first == place else b"") + known)[-_HASHED:]
+    def settle(self, line: "_Line") -> None:
+        """As a source does, but where the last line is broken the place stays before it: it may be ended."""
+        text = self.flight.pop(line.start).text  # as it is in the file
+        self.entry["settled"] += 1
+        if text[-1] not in b"\r\n" and _damage(text, line.length) is not None:
+            self.entry["cut"] = line.length
+        elif line.end > self.offset:
+            is_whole = len(text) == line.length
+            if line.start != self.offset or not is_whole:
+                self._tail.clear()
+            self._tail.append(text if is_whole else b"")
+            self.offset, self.number = line.end, line.number
 
     def mark(self) -> None:
         """Write into the entry how far the lines are settled, and what that is known by."""
         offset, number, holes = self.position()
         if offset > self.offset:  # what is blank there was not kept
             offset, number = self.offset, self.number
-        head, tail = self.text.head[:offset], self.tail if offset == self.offset else b""
+        head, self._tail = self.text.head[:offset], [b"".join(self._tail)[-_HASHED:]]
+        tail = self._tail[0] if offset == self.offset else b""
         size = max([size for size in _HEAD_SIZES if size <= len(head)] + [0])
         cut = self.entry.get("cut", 0) if offset == self.entry["place"][0] else 0
         known = {"head": [size, _hash(head[:size])], "tail": [len(tail), _hash(tail)]}
@@ -7430,7 +7421,7 @@ class _Places:
         self._close(log)
         self._files.fail(log.text.path, error, log.text.identity)
 
-    def note(self, logs: "List[_Log]") -> None:
+    def note(self, logs: "List[Any]") -> None:
         """Write down how far files are settled, those of one directory together."""
         for log in logs:
             log.mark()
@@ -7604,14 +7595,8 @@ class _Shipment(_LineQueue):
     def _count(self, lines: "List[Any]") -> None:
         self.ledger.add({"accepted": len(lines), "pending": len(lines)})
 
-    def _settle(self, lines: "List[Any]") -> None:
-        logs = {}
-        for _, group in itertools.groupby(lines, lambda line: id(line.source)):
-            some = list(group)
-            log = some[0].source
-            logs[id(log)] = log
-            log.settle_all(some)
-        self.places.note(list(logs.values()))
+    def _note(self, sources: "List[_Source]") -> None:
+        self.places.note(sources)
 
     def _unreadable(self, source: "_Source", error: Exception) -> None:
         self._log = None
