@@ -198,6 +198,7 @@ _MAX_UNPACKING = 32 * 1024 * 1024  # bytes of memory for xz: its -9 takes twice 
 _LOOKED_AT = 500  # finished files that are looked at each time, files opened for a batch, and so on
 _MOST_SHAPES = 1000  # of records, and rules that are broken, told apart in a dry run
 _STREAM_WAIT = 0.1  # seconds in one wait for standard input
+_LOOK_AGAIN = 0.1  # seconds until files are looked for that were renamed, or that have to wait for others
 _COUNT, _COUNT_STOPPED = 5.0, 0.3  # seconds for counting what remains, undisturbed and after a signal
 _PACKED = (".gz", ".bz2", ".xz")
 _CHECKPOINT_HEAD = b'{"analysys":"checkpoint","version":2}\n'
@@ -6850,11 +6851,15 @@ class _Files:
             self.waiting.appendleft(path)
         elif is_gone and path not in self.listing.paths:
             self.listing.tell("%s is gone: it was renamed or removed before it was read", path)
-            self.due_at = min(self.due_at, _CLOCK.now() + _STREAM_WAIT)  # it is to be read under its new name
+            self.look_again()  # it is to be read under its new name
         elif not is_gone or not self.listing.is_followed:
             self.listing.fail(path, error)
             if getattr(error, "errno", None) is None or not self.listing.is_followed:
                 self._seen[path] = identity, False
+
+    def look_again(self) -> None:
+        """Look for more files in a moment, and for those that next() returned and nobody opened."""
+        self.due_at = _CLOCK.now() + _LOOK_AGAIN
 
     def close(self) -> None:
         if self._bell is not None:
@@ -6929,6 +6934,10 @@ class _Text:
         self._file.seek(self.offset)
         self._pass(self._file.read(offset - self.offset))
         return self.offset == offset
+
+    def goes_on(self, earlier: "_Text") -> bool:
+        """Tell whether all that was read of the file *earlier* is still there."""
+        return self.go(earlier.offset) and self.before == earlier.before
 
     def fits(self, entry: "Record") -> bool:
         """Go to the place that a checkpoint's entry speaks of; return whether what is before it is what was there."""
@@ -7096,6 +7105,11 @@ class _Log(_Source):
         text.go(self.offset)
         self._tail = [text.before]  # what comes before the place, as far as it is known
 
+    def resume(self, text: "_Text") -> None:
+        """Go on reading, from *text*, which is what the file has become."""
+        self.text, self.is_read, self._reader = text, False, None
+        self.name = self.entry["name"] = os.path.basename(text.path)
+
     def open(self, offset: int) -> "Callable[[int], bytes]":
         if not self.text.go(offset):
             raise _Changed("it was changed while it was read")
@@ -7122,6 +7136,14 @@ class _Log(_Source):
                 self._tail.clear()
             self._tail.append(text if is_whole else b"")
             self.offset, self.number = line.end, line.number
+
+    def pass_over(self) -> "List[_Line]":
+        """Return the next lines, which nobody is going to settle."""
+        lines: "List[_Line]" = []
+        self.take(lines, _TOGETHER, _MAX_TAKEN)
+        while len(self.flight) > 1:  # one stays, which tells that not all is settled
+            self.flight.popitem()
+        return lines
 
     def mark(self) -> None:
         """Write into the entry how far the lines are settled, and what that is known by."""
@@ -7374,15 +7396,15 @@ def _sync_directory(path: str) -> None:
 class _Places:
     """Knows up to which place each file is settled, whatever its name is by now: opens files there, and notes it.
 
-    A file that is read to its end is closed. It may come again while lines of it are in flight, because it has grown or
-    was renamed or copied: it waits then, lest the same line is taken twice.
+    A file that is read to its end is closed. It may come again while lines of it are in flight: where it has grown or
+    was renamed, its log goes on; what may be a copy of it waits, lest the same line is taken twice.
     """
 
     def __init__(self, files: "_Files", checkpoints: "_Checkpoints") -> None:
         self.before = 0  # lines of these files that were settled by earlier runs
         self._files = files
         self._checkpoints = checkpoints
-        self._unsettled: "set[Any]" = set()  # what files are known by that are done with and have lines in flight
+        self._unsettled: "Dict[Any, _Log]" = {}  # by what they are known by: those that are closed with lines in flight
         self._read: "Dict[str, Record]" = {}  # hash of the head -> entry, of files that are done with
         # path -> its identity, checkpoint and entry, of files that are read to their end and not removed
         self._finished: "Dict[str, Tuple[Any, _Checkpoint, Record]]" = {}
@@ -7394,12 +7416,10 @@ class _Places:
             if self._files.listing.is_foreign(path, text):
                 self._files.finish(text, False)
             else:
-                checkpoint = self._checkpoints.of(path)
-                entry = self._entry(checkpoint, text) if self._unsettled.isdisjoint(_marks(text)) else None
-                if entry is not None and entry["n"] not in self._unsettled:
-                    self.before += entry["settled"]
-                    return _Log(text, checkpoint, entry)
-                self._files.waiting.append(path)
+                log = self._resumed(text) or self._started(text)
+                if log is not None:
+                    return log
+                self._files.look_again()
         except BaseException:
             text.close()
             raise
@@ -7426,7 +7446,7 @@ class _Places:
         for log in logs:
             log.mark()
             if not log.flight:
-                self._unsettled -= _marks(log.text) | {log.entry["n"]}
+                self._forget(log)
         for checkpoint, some in itertools.groupby(logs, lambda log: log.checkpoint):
             checkpoint.note([log.entry for log in some])
 
@@ -7444,8 +7464,29 @@ class _Places:
     def _close(self, log: "_Log") -> None:
         log.text.close()
         if log.flight:
-            self._unsettled |= _marks(log.text) | {log.entry["n"]}
-            log.text.before = b""  # of many such files
+            self._unsettled.update(dict.fromkeys(_marks(log.text) + [id(log.entry)], log))
+
+    def _forget(self, log: "_Log") -> None:
+        for mark in _marks(log.text) + [id(log.entry)]:
+            self._unsettled.pop(mark, None)
+
+    def _resumed(self, text: "_Text") -> "Optional[_Log]":
+        """Return the log of a file that comes again with lines in flight, which goes on where it stopped."""
+        log = self._unsettled.get(text.identity[:2])
+        if log is None or log.checkpoint is not self._checkpoints.of(text.path) or not text.goes_on(log.text):
+            return None
+        self._forget(log)
+        log.resume(text)
+        return log
+
+    def _started(self, text: "_Text") -> "Optional[_Log]":
+        """Return a log of a file that begins where it is settled; None where that is not known yet."""
+        checkpoint = self._checkpoints.of(text.path)
+        entry = self._entry(checkpoint, text) if self._unsettled.keys().isdisjoint(_marks(text)) else None
+        if entry is None or id(entry) in self._unsettled:
+            return None
+        self.before += entry["settled"]
+        return _Log(text, checkpoint, entry)
 
     def _entry(self, checkpoint: "_Checkpoint", text: "_Text") -> "Record":
         """Return the entry about a file."""
@@ -7475,9 +7516,9 @@ class _Places:
             return False
 
 
-def _marks(text: "_Text") -> "set[Any]":
+def _marks(text: "_Text") -> "List[Any]":
     """Return what tells that it is the same file, or a copy of it, before the checkpoint knows of it."""
-    return {text.identity[:2], _hash(text.head)}
+    return [text.identity[:2], _hash(text.head)]
 
 
 class _Shipment(_LineQueue):
@@ -7512,21 +7553,16 @@ class _Shipment(_LineQueue):
         left, self.files.due_at = self.ledger.stats()["pending"], float("inf")
         self._inhand = []
         try:
-            log = self._source()
-            while log is not None and not log.text.is_paused:
-                lines: "List[Any]" = []
-                log.take(lines, _TOGETHER, _MAX_TAKEN)
-                left += len(lines)
-                for line in lines:
-                    del log.flight[line.start]
-                if not lines and log.is_read:
-                    log = self._source()
-            return left, log is None  # else it waits for standard input
+            for log in iter(self._source, None):
+                left += len(log.pass_over())
+                if log.text.is_paused:  # standard input, which may be long in coming
+                    return left, False
+            return left, self.files.due_at == float("inf")
         except _Stopped:
             return left, False
         except Exception as error:  # what unpacks has many
-            if log is not None:
-                self._unreadable(log, error)
+            if self._log is not None:
+                self._unreadable(self._log, error)
             return left, False
 
     def unread(self, sizes: "Dict[str, int]") -> int:
@@ -7581,8 +7617,6 @@ class _Shipment(_LineQueue):
             if self._log is not None:
                 self._log.is_final = functools.partial(self._is_final, self._log)  # type: ignore[method-assign]
                 return True
-            if path in self.files.waiting:  # it is its own line that it waits for, or it has changed meanwhile
-                break
         return False
 
     def _is_final(self, log: "_Log", text: bytes) -> bool:
@@ -7895,10 +7929,7 @@ class _Checker:
     def check_all(self, log: "_Log") -> None:
         """Check the lines of a file."""
         while not log.is_read or log.text.is_paused:
-            lines: "List[Any]" = []
-            log.take(lines, _TOGETHER, _MAX_TAKEN)
-            for line in lines:
-                del log.flight[line.start]
+            for line in log.pass_over():
                 self.check(log.text.path, line)
 
     def check(self, path: str, line: "_Line") -> None:
