@@ -7535,10 +7535,12 @@ class _Shipment(_LineQueue):
         self._inhand: "List[Any]" = []  # what is taken so far, of a batch
 
     def take(self, most: int) -> "List[Item]":
+        items: "List[Item]" = []
         try:
             items = super().take(most)
-        except _Stopped:
-            items = []
+            self._inhand = []
+        except _Stopped:  # what was put back into a file that is closed comes in the next run
+            self._inhand = [line for line in self._inhand if line.source is not self._log]
         if self._history:
             return [item._replace(text=_flagged(item.text)) for item in items]  # type: ignore[attr-defined]
         return items
@@ -7550,8 +7552,9 @@ class _Shipment(_LineQueue):
     def remaining(self) -> "Tuple[int, bool]":
         """Return how many lines are not settled, and whether that is all, as far as can be counted in a moment."""
         self._stop.grant(_COUNT_STOPPED if self._stop.asked else _COUNT)
-        left, self.files.due_at = self.ledger.stats()["pending"], float("inf")
-        self._inhand = []
+        left, self._inhand = self.ledger.stats()["pending"] + len(self._inhand), []
+        if self.files.listing.is_followed:
+            self.files.due_at = float("inf")
         try:
             for log in iter(self._source, None):
                 left += len(log.pass_over())

@@ -9502,6 +9502,17 @@ def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path):
         assert started.stdout.read().startswith(b"delivered 1, rejected 0, remaining more than 0\n")
 
 
+@posix_only
+def test_a_stop_while_a_batch_is_put_together_counts_what_of_it_is_in_files_that_are_read(tmp_path):
+    log_file(tmp_path / "datas_1.log", "a", "b")
+    with FaultyServer() as server, shipper(tmp_path, "-", "--server", server.url, cwd=str(tmp_path)) as started:
+        wait_until(lambda: (tmp_path / "upload.checkpoint").exists())
+        threading.Event().wait(0.3)                    # it waits for standard input
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(20) == 2
+        assert started.stdout.read() == b"delivered 0, rejected 0, remaining more than 2\n"
+
+
 def test_delete_removes_what_is_wholly_delivered_but_never_the_current_periods_nor_the_newest(tmp_path):
     moment = time.localtime()
     current = [time.strftime(pattern, moment) for pattern in ("datas_%Y%m%d%H.log", "datas_%Y%m%d.log")]
