@@ -6651,6 +6651,10 @@ def _age(name: str) -> "Tuple[int, int, int, str]":
     return int(period) * (100 if len(period) == 8 else 1), rank[0], rank[1], name  # a day as its first hour
 
 
+def _period(path: str) -> int:
+    return _age(os.path.basename(path))[0]
+
+
 def _is_there(path: str) -> bool:
     return path == "-" or os.path.lexists(path)
 
@@ -6705,12 +6709,11 @@ class _Listing:
 
     def old(self, paths: "Iterable[str]") -> "List[str]":
         """Return those of *paths* that are neither of the current period nor of the newest one, by their names."""
-        current = [_age(time.strftime(pattern))[0] for pattern in _LOG_NAMES.values()]
-        places = {path: os.path.split(path) for path in paths if re.fullmatch(_LOG_FILE, os.path.basename(path))}
-        newest = {folder: max([_age(os.path.basename(path))[0] for path in self._list(folder or ".")] + [0])
-                  for folder in {folder for folder, _ in places.values()}}
-        ages = {path: _age(name)[0] for path, (_, name) in places.items()}
-        return [path for path, age in ages.items() if age not in current and age < newest[places[path][0]]]
+        current = [_period(time.strftime(pattern)) for pattern in _LOG_NAMES.values()]
+        logs = [path for path in paths if re.fullmatch(_LOG_FILE, os.path.basename(path))]
+        folders = set(map(os.path.dirname, logs))
+        newest = {folder: max(map(_period, self._list(folder or ".")), default=0) for folder in folders}
+        return [path for path in logs if _period(path) not in current and _period(path) < newest[os.path.dirname(path)]]
 
     def is_foreign(self, path: str, text: "_Text") -> bool:
         """Tell whether *path*, opened as *text*, is a link in a directory to a file of another owner than its own.
@@ -6768,9 +6771,8 @@ class _Listing:
 
     def _is_own(self, path: str) -> bool:
         """Tell whether *path* is a file that we write, by its name or by being one."""
-        if path == "-":
-            return False
-        return bool(re.fullmatch(_OWN_NAME, os.path.basename(path))) or os.path.abspath(path) in self._own
+        is_ours = re.fullmatch(_OWN_NAME, os.path.basename(path)) or os.path.abspath(path) in self._own
+        return path != "-" and bool(is_ours)
 
 
 class _Bell:
@@ -7528,7 +7530,7 @@ class _Shipment(_LineQueue):
         super().__init__(_Ledger(), checkpoints)  # type: ignore[arg-type]
         self.files = files
         self.places = _Places(files, checkpoints)
-        self._checkpoints = checkpoints
+        self.checkpoints = checkpoints
         self._stop = stop
         self._history = history
         self._log: "Optional[_Log]" = None  # the one that is read
@@ -7575,7 +7577,7 @@ class _Shipment(_LineQueue):
 
     def tidy(self, delete: bool) -> None:
         """See to what is not urgent: notes that may not survive a power cut, files that are delivered and may go."""
-        self._checkpoints.sync()
+        self.checkpoints.sync()
         if delete and not self.ledger.stats()["pending"] and self.due_at() > _CLOCK.now():
             self.places.remove_old()
 
@@ -7711,7 +7713,7 @@ def _ship(arguments: "Any", stop: "_Stop") -> int:
         shipment: "Any" = _Shipment(_Files(listing, stop.check), checkpoints, stop, arguments.history)
         sender = _Sender(transport, shipment, min(arguments.batch, _FIRST_BATCH), arguments.request_timeout)
         problem = _deliver(shipment, sender, arguments, stop)
-        return _sum_up(shipment, sender, checkpoints, bool(stop.asked) and arguments.follow, problem)
+        return _sum_up(shipment, sender.outage, bool(stop.asked) and arguments.follow, problem)
     finally:
         checkpoints.close()
         transport.close()
@@ -7830,25 +7832,23 @@ def _adapt(sender: "_Sender", most: int) -> None:
         sender.most = min(most, sender.most * 2)
 
 
-def _sum_up(
-    shipment: "_Shipment", sender: "_Sender", checkpoints: "_Checkpoints", is_ended: bool, problem: str
-) -> int:
+def _sum_up(shipment: "_Shipment", outage: "_Outage", is_ended: bool, problem: str) -> int:
     """Print what became of a shipment and return the exit status that says so."""
     counts = shipment.ledger.stats()
     remaining, is_all = shipment.remaining()
     shipment.close()
     left = ("" if is_all else "more than ") + str(remaining)
     _print("delivered %d, rejected %d, remaining %s" % (counts["delivered"], counts["rejected"], left))
-    checkpoints.warn(True)
-    for rejected in checkpoints.rejected.values():
+    shipment.checkpoints.warn(True)
+    for rejected in shipment.checkpoints.rejected.values():
         but = ", but for %d" % rejected.missing if rejected.missing else ""
         _print("the rejected ones are in %s%s" % (_printable(rejected.path), but))
-    is_failing = sender.outage.since is not None
+    is_failing = outage.since is not None
     if is_ended and not problem and not is_failing:  # what cannot be read has been named, and may be read next time
         return _SOME_REJECTED if counts["rejected"] else _DONE
     problem = problem or ", ".join(list(shipment.files.listing.problems.values())[:1])
     if remaining or not is_all or problem:
-        why = sender.outage.state() if is_failing else problem or "it was stopped"
+        why = outage.state() if is_failing else problem or "it was stopped"
         _print("analysys: not all is delivered: %s" % why, "stderr")
         return _NOT_DELIVERED
     if not counts["delivered"] and not counts["rejected"]:
