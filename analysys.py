@@ -6853,14 +6853,15 @@ class _Files:
             self.waiting.appendleft(path)
         elif is_gone and path not in self.listing.paths:
             self.listing.tell("%s is gone: it was renamed or removed before it was read", path)
-            self.look_again()  # it is to be read under its new name
+            self.look_again(path)  # it is to be read under its new name
         elif not is_gone or not self.listing.is_followed:
             self.listing.fail(path, error)
             if getattr(error, "errno", None) is None or not self.listing.is_followed:
                 self._seen[path] = identity, False
 
-    def look_again(self) -> None:
-        """Look for more files in a moment, and for those that next() returned and nobody opened."""
+    def look_again(self, path: str) -> None:
+        """Have next() return *path* once more in a moment, and whatever else is there by then."""
+        self._seen.pop(path, None)
         self.due_at = _CLOCK.now() + _LOOK_AGAIN
 
     def close(self) -> None:
@@ -7421,7 +7422,7 @@ class _Places:
                 log = self._resumed(text) or self._started(text)
                 if log is not None:
                     return log
-                self._files.look_again()
+                self._files.look_again(path)
         except BaseException:
             text.close()
             raise
