@@ -199,6 +199,7 @@ _MAX_UNPACKING = 32 * 1024 * 1024  # bytes of memory for xz: its -9 takes twice 
 _LOOKED_AT = 500  # finished files that are looked at each time, files opened for a batch, and so on
 _MOST_SHAPES = 1000  # of records, and rules that are broken, told apart in a dry run
 _STREAM_WAIT = 0.1  # seconds in one wait for standard input
+_LOOK_AGAIN = 0.1  # seconds until files are looked for that were renamed, or that have to wait for others
 _COUNT, _COUNT_STOPPED = 5.0, 0.3  # seconds for counting what remains, undisturbed and after a signal
 _PACKED = (".gz", ".bz2", ".xz")
 _CHECKPOINT_HEAD = b'{"analysys":"checkpoint","version":2}\n'
@@ -6566,6 +6567,10 @@ def _age(name: str) -> "Tuple[int, int, int, str]":
     return int(period) * (100 if len(period) == 8 else 1), rank[0], rank[1], name  # a day as its first hour
 
 
+def _period(path: str) -> int:
+    return _age(os.path.basename(path))[0]
+
+
 def _is_there(path: str) -> bool:
     return path == "-" or os.path.lexists(path)
 
@@ -6620,12 +6625,11 @@ class _Listing:
 
     def old(self, paths: "Iterable[str]") -> "List[str]":
         """Return those of *paths* that are neither of the current period nor of the newest one, by their names."""
-        current = [_age(time.strftime(pattern))[0] for pattern in _LOG_NAMES.values()]
-        places = {path: os.path.split(path) for path in paths if re.fullmatch(_LOG_FILE, os.path.basename(path))}
-        newest = {folder: max([_age(os.path.basename(path))[0] for path in self._list(folder or ".")] + [0])
-                  for folder in {folder for folder, _ in places.values()}}
-        ages = {path: _age(name)[0] for path, (_, name) in places.items()}
-        return [path for path, age in ages.items() if age not in current and age < newest[places[path][0]]]
+        current = [_period(time.strftime(pattern)) for pattern in _LOG_NAMES.values()]
+        logs = [path for path in paths if re.fullmatch(_LOG_FILE, os.path.basename(path))]
+        folders = set(map(os.path.dirname, logs))
+        newest = {folder: max(map(_period, self._list(folder or ".")), default=0) for folder in folders}
+        return [path for path in logs if _period(path) not in current and _period(path) < newest[os.path.dirname(path)]]
 
     def is_foreign(self, path: str, text: "_Text") -> bool:
         """Tell whether *path*, opened as *text*, is a link in a directory to a file of another owner than its own.
@@ -6683,9 +6687,8 @@ class _Listing:
 
     def _is_own(self, path: str) -> bool:
         """Tell whether *path* is a file that we write, by its name or by being one."""
-        if path == "-":
-            return False
-        return bool(re.fullmatch(_OWN_NAME, os.path.basename(path))) or os.path.abspath(path) in self._own
+        is_ours = re.fullmatch(_OWN_NAME, os.path.basename(path)) or os.path.abspath(path) in self._own
+        return path != "-" and bool(is_ours)
 
 
 class _Bell:
@@ -6714,17 +6717,16 @@ class _Bell:
         for folder in itertools.islice(folders if self._fd >= 0 else (), _LOOKED_AT):  # it may be another one by now
             self._folders[self._libc.inotify_add_watch(self._fd, os.fsencode(folder), _INOTIFY)] = folder
         self._folders[-1] = ""  # where a watch is refused; and of an event that says that some were lost
-        rung, data = set(), b"-" * (self._fd >= 0)
-        while data:
-            try:
+        rung = set()
+        try:
+            while self._fd >= 0:
                 data = os.read(self._fd, _CHUNK)
-            except OSError:  # there is no more
-                break
-            while data:
-                watch, size = struct.unpack_from("i8xI", data)
-                rung.add(os.path.join(self._folders[watch], os.fsdecode(data[16 : 16 + size].rstrip(b"\0"))))
-                data = data[16 + size :]
-            data = b"-"
+                while data:
+                    watch, size = struct.unpack_from("i8xI", data)
+                    rung.add(os.path.join(self._folders[watch], os.fsdecode(data[16 : 16 + size].rstrip(b"\0"))))
+                    data = data[16 + size :]
+        except BlockingIOError:  # there is no more
+            pass
         return None if "" in rung else rung
 
     def close(self) -> None:
@@ -6740,10 +6742,9 @@ class _Files:
         self.listing = listing
         self.waiting: "Deque[str]" = collections.deque()  # those that are to be read, in order
         self.due_at = 0.0  # `_CLOCK`; when to look for more
-        self._check = check  # raises where reading is to end
-        self._seen: "Dict[str, Any]" = {}  # path -> its _identity() when it was opened, of files that are read
-        self._unended: "set[str]" = set()  # paths whose last line is left, since it may grow
-        self._all_seen: "List[str]" = []  # what the listing was when all of it had been read
+        self.check = check  # raises where reading is to end
+        # path -> its _identity() when it was opened, and whether its last line is left, since it may grow
+        self._seen: "Dict[str, Tuple[Any, bool]]" = {}
         self._turn = 0  # which of the files is looked at next
         self._bell = _Bell() if listing.is_followed else None
 
@@ -6751,26 +6752,15 @@ class _Files:
         """Return the file to read next, if there is one now."""
         now = _CLOCK.now()
         if not self.waiting and now >= self.due_at:
-            self._check()
+            self.check()
             self.due_at = now + _FOLLOW_EVERY if self.listing.is_followed else float("inf")
             self.waiting.extend(self._changed())
         return self.waiting.popleft() if self.waiting else None
 
-    def open(self, path: str) -> "Optional[_Log]":
-        """Open a file that next() returned, if it is to be read."""
-        log = _Log(_open_text(path, self._check))
-        if self.listing.is_foreign(path, log.text):
-            self.finish(log, False)
-            return None
-        return log
-
-    def finish(self, log: "_Log", is_unended: bool) -> None:
-        """Note that a file is read to its end, as it was when it was opened, and close it."""
-        path = log.text.path
-        self._seen[path] = log.text.identity
-        self.listing.problems.pop(path, None)
-        (self._unended.add if is_unended else self._unended.discard)(path)
-        log.text.close()
+    def finish(self, text: "_Text", is_unended: bool) -> None:
+        """Note that a file is read to its end, as it was when it was opened."""
+        self._seen[text.path] = text.identity, is_unended
+        self.listing.problems.pop(text.path, None)
 
     def fail(self, path: str, error: BaseException, identity: "Any") -> None:
         """Note that *path* could not be read; what is wrong with its content is so until that changes."""
@@ -6779,11 +6769,16 @@ class _Files:
             self.waiting.appendleft(path)
         elif is_gone and path not in self.listing.paths:
             self.listing.tell("%s is gone: it was renamed or removed before it was read", path)
-            self.due_at = min(self.due_at, _CLOCK.now() + _STREAM_WAIT)  # it is to be read under its new name
+            self.look_again(path)  # it is to be read under its new name
         elif not is_gone or not self.listing.is_followed:
             self.listing.fail(path, error)
             if getattr(error, "errno", None) is None or not self.listing.is_followed:
-                self._seen[path] = identity
+                self._seen[path] = identity, False
+
+    def look_again(self, path: str) -> None:
+        """Have next() return *path* once more in a moment, and whatever else is there by then."""
+        self._seen.pop(path, None)
+        self.due_at = _CLOCK.now() + _LOOK_AGAIN
 
     def close(self) -> None:
         if self._bell is not None:
@@ -6797,14 +6792,13 @@ class _Files:
         begin = self._turn if self._turn < len(found) else 0
         self._turn = begin + _LOOKED_AT
         looked_at = set(found) if rung is None else rung.union(found[begin : self._turn], found[-_LOOKED_AT // 4 :])
-        looked_at.update(self._unended, self.listing.problems)
-        due = {path for path in looked_at if path in self._seen and path != "-" and self._seen[path] != _stat(path)}
-        due.update(path for path in self._unended if not self.listing.may_grow(path))
-        if found is not self._all_seen:
-            due.update(path for path in found if path not in self._seen)
-            self._all_seen = found if due <= self._seen.keys() else []
-        new = [path for path in found if path in due] if due else []
-        return [path for path in new if not self.listing.is_followed or _is_there(path)]
+        due = [path for path in found if path not in self._seen or path in looked_at and self._is_due(path)]
+        return [path for path in due if not self.listing.is_followed or _is_there(path)]
+
+    def _is_due(self, path: str) -> bool:
+        """Tell whether a file that was read has changed since, or will not grow any more."""
+        identity, is_unended = self._seen[path]
+        return path != "-" and identity != _stat(path) or is_unended and not self.listing.may_grow(path)
 
 
 # One file: its text, and the lines of that
@@ -6818,7 +6812,7 @@ class _Text:
     """The text of one file in blocks, from any offset on; it notices when what it has read was changed."""
 
     is_packed = False
-    is_paused = False  # whether there is no more for now only
+    is_paused = False  # whether there is no more only for now
 
     def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
         self.path = path
@@ -6859,6 +6853,10 @@ class _Text:
         self._file.seek(self.offset)
         self._pass(self._file.read(offset - self.offset))
         return self.offset == offset
+
+    def goes_on(self, earlier: "_Text") -> bool:
+        """Tell whether all that was read of the file *earlier* is still there."""
+        return self.go(earlier.offset) and self.before == earlier.before
 
     def fits(self, entry: "Record") -> bool:
         """Go to the place that a checkpoint's entry speaks of; return whether what is before it is what was there."""
@@ -7015,27 +7013,29 @@ def _is_ready(stream: "Any") -> bool:
 
 
 class _Log(_Source):
-    """One file that others write: its lines, and what it is known by."""
+    """One file that others write: its lines, from where *entry* says on, and what it is known by."""
 
-    def __init__(self, text: "_Text") -> None:
-        super().__init__(os.path.basename(text.path))
+    def __init__(self, text: "_Text", checkpoint: "_Checkpoint", entry: "Record") -> None:
+        super().__init__(os.path.basename(text.path), (*entry["place"], entry.get("holes", ())))
         self.text = text
+        self.checkpoint = checkpoint
+        self.entry = entry  # the checkpoint's, which other sources may share
         self.can_reopen = not text.is_packed
-        self.entry: "Record" = {}  # the checkpoint's, which other sources may share
-        self.tail = b""  # up to _HASHED bytes before the place, where they are known
-        self.is_held = False  # whether a broken last line waits for those before it
+        text.go(self.offset)
+        self._tail = [text.before]  # what comes before the place, as far as it is known
 
-    def start(self, entry: "Record") -> None:
-        """Begin where *entry* says, which is a place that the file has."""
-        place = entry.get("place", [0, 0])
-        super().__init__(self.name, (place[0], place[1], entry.get("holes", ())))
-        self.text.go(place[0])
-        self.entry, self.tail = entry, self.text.before
+    def resume(self, text: "_Text") -> None:
+        """Go on reading, from *text*, which is what the file has become."""
+        self.text, self.is_read, self._reader = text, False, None
+        self.name = self.entry["name"] = os.path.basename(text.path)
 
     def open(self, offset: int) -> "Callable[[int], bytes]":
         if not self.text.go(offset):
             raise _Changed("it was changed while it was read")
         return self._read
+
+    def is_final(self, text: bytes) -> bool:
+        return not self.text.is_paused
 
     def _read(self, size: int) -> bytes:
         data = self.text.read(size, self.ranges[0][0])
@@ -7043,37 +7043,36 @@ class _Log(_Source):
             raise OSError('these are lines of a rejected.log; what was rejected is the member "record" of each')
         return data
 
-    def settle_all(self, lines: "List[_Line]") -> None:
-        """Settle *lines*, which are in order.
+    def settle(self, line: "_Line") -> None:
+        """As a source does, but where the last line is broken the place stays before it: it may be ended."""
+        text = self.flight.pop(line.start).text  # as it is in the file
+        self.entry["settled"] += 1
+        if text[-1] not in b"\r\n" and _damage(text, line.length) is not None:
+            self.entry["cut"] = line.length
+        elif line.end > self.offset:
+            is_whole = len(text) == line.length
+            if line.start != self.offset or not is_whole:
+                self._tail.clear()
+            self._tail.append(text if is_whole else b"")
+            self.offset, self.number = line.end, line.number
 
-        A broken last line without a newline is rejected, and yet the place stays before it, since it may be ended.
-        """
-        last, flight, place = self.flight[lines[-1].start], self.flight, self.offset
-        texts = [flight.pop(line.start).text for line in lines]
-        self.entry["settled"] += len(lines)
-        if not last.text.endswith((b"\n", b"\r")) and _damage(last.text, last.length) is not None:
-            self.entry["cut"] = last.length
-            if len(lines) > 1:
-                last = lines[-2]
-            texts.pop()
-        if texts and last.end > place:
-            self.offset, self.number = last.end, last.number
-            # What stands before the place is put together from the end, as far as the lines touch: none is read anew.
-            known, first = b"", last.end
-            for text, line in zip(reversed(texts), reversed(lines[: len(texts)])):
-                if len(known) == _HASHED or line.end != first or len(text) != line.end - line.start:
-                    break
-                known, first = (text + known)[-_HASHED:], line.start
-            self.tail = ((self.tail if first == place else b"") + known)[-_HASHED:]
+    def pass_over(self) -> "List[_Line]":
+        """Return the next lines, which nobody is going to settle."""
+        lines: "List[_Line]" = []
+        self.take(lines, _TOGETHER, _MAX_TAKEN)
+        while len(self.flight) > 1:  # one stays, which tells that not all is settled
+            self.flight.popitem()
+        return lines
 
     def mark(self) -> None:
         """Write into the entry how far the lines are settled, and what that is known by."""
         offset, number, holes = self.position()
         if offset > self.offset:  # what is blank there was not kept
             offset, number = self.offset, self.number
-        head, tail = self.text.head[:offset], self.tail if offset == self.offset else b""
+        head, self._tail = self.text.head[:offset], [b"".join(self._tail)[-_HASHED:]]
+        tail = self._tail[0] if offset == self.offset else b""
         size = max([size for size in _HEAD_SIZES if size <= len(head)] + [0])
-        cut = self.entry.get("cut", 0) if offset == self.entry.get("place", [0])[0] else 0
+        cut = self.entry.get("cut", 0) if offset == self.entry["place"][0] else 0
         known = {"head": [size, _hash(head[:size])], "tail": [len(tail), _hash(tail)]}
         self.entry.update(known, place=[offset, number], holes=holes, cut=cut)
 
@@ -7255,9 +7254,11 @@ class _Checkpoint:
                 self._keep(entry)
             self.journal.append(self._lines(entries))
 
-    def new(self, name: str) -> "Record":
+    def new(self, name: str, like: "Optional[Record]" = None) -> "Record":
+        """Return the entry of one more file, which is settled as far as that of *like*, or not at all."""
         self._last += 1
-        return {"n": self._last, "name": name, "settled": 0}
+        like = like or {"place": [0, 0], "head": [0, ""], "tail": [0, ""]}
+        return dict(like, n=self._last, name=name, settled=0, removed=False)
 
     def _keep(self, entry: "Record") -> None:
         self._entries.pop(entry["n"], None)
@@ -7314,114 +7315,116 @@ def _sync_directory(path: str) -> None:
 class _Places:
     """Knows up to which place each file is settled, whatever its name is by now: opens files there, and notes it.
 
-    A file that is read to its end is closed. It may come again while a line of it stands aside, because it has grown or
-    was renamed: it waits then, lest the same line is taken twice.
+    A file that is read to its end is closed. It may come again while lines of it are in flight: where it has grown or
+    was renamed, its log goes on; what may be a copy of it waits, lest the same line is taken twice.
     """
 
     def __init__(self, files: "_Files", checkpoints: "_Checkpoints") -> None:
         self.before = 0  # lines of these files that were settled by earlier runs
         self._files = files
         self._checkpoints = checkpoints
-        # Files that are read to their end, or unreadable, with lines in flight: their inodes, and their entries' "n"
-        self._unsettled: "set[Any]" = set()
-        self._wholes: "Dict[str, Record]" = {}  # hash of the head -> as in a checkpoint, of files that are read
-        # path -> its identity and entry, of files that are read to their end and not removed
-        self._finished: "Dict[str, Tuple[Any, Record]]" = {}
+        self._unsettled: "Dict[Any, _Log]" = {}  # by what they are known by: those that are closed with lines in flight
+        self._read: "Dict[str, Record]" = {}  # hash of the head -> entry, of files that are done with
+        # path -> its identity, checkpoint and entry, of files that are read to their end and not removed
+        self._finished: "Dict[str, Tuple[Any, _Checkpoint, Record]]" = {}
 
     def open(self, path: str) -> "Optional[_Log]":
         """Open a file at the place up to which it is settled; return None where there is nothing to take now."""
-        log = self._files.open(path)
-        if log is None:
-            return None
+        text = _open_text(path, self._files.check)
         try:
-            checkpoint = self._checkpoints.of(path)
-            entry = self._entry(checkpoint, log.text) if path != "-" else None
-            copied = self._copied(log.text) if entry is None and path != "-" else None
-            if copied is not None:
-                entry = dict(copied, **checkpoint.new(log.name))
-            if copied == {}:
-                self._finished[path] = log.text.identity, {}
-                self._files.finish(log, False)
-            elif log.text.identity[:2] in self._unsettled or entry and entry["n"] in self._unsettled:
-                self._files.waiting.append(path)
-                log.text.close()
+            if self._files.listing.is_foreign(path, text):
+                self._files.finish(text, False)
             else:
-                log.start(entry or checkpoint.new(log.name))
-                self.before += log.entry["settled"]
-                return log
-            return None
+                log = self._resumed(text) or self._started(text)
+                if log is not None:
+                    return log
+                self._files.look_again(path)
         except BaseException:
-            log.text.close()
+            text.close()
             raise
+        text.close()
+        return None
 
     def leave(self, log: "_Log") -> None:
         """Be done with a file that is read to its end."""
-        text = log.text
-        is_left, is_cut = log.ranges[0][0] != text.offset, bool(log.entry.get("cut"))
-        if text.path != "-":
-            tail = [len(text.before), _hash(text.before)]
-            self._wholes[_hash(text.head)] = {"place": [text.offset], "tail": tail, "left": is_left and log.entry}
-            if not is_left and not is_cut:
-                self._finished[text.path] = text.identity, log.entry
-        self._keep_unsettled(log)
-        self._files.finish(log, is_left and not is_cut)
+        text, entry = log.text, log.entry
+        self._close(log)
+        self._read[_hash(text.head)] = entry
+        is_left = log.ranges[0][0] != text.offset
+        if not is_left:
+            self._finished[text.path] = text.identity, log.checkpoint, entry
+        self._files.finish(text, is_left and not entry.get("cut"))
 
     def fail(self, log: "_Log", error: Exception) -> None:
         """Be done, for now at least, with a file that cannot be read any further."""
-        log.text.close()
-        self._keep_unsettled(log)
+        self._close(log)
         self._files.fail(log.text.path, error, log.text.identity)
 
-    def note(self, logs: "List[_Log]") -> None:
+    def note(self, logs: "List[Any]") -> None:
         """Write down how far files are settled, those of one directory together."""
-        notes: "Dict[int, Tuple[_Checkpoint, List[Record]]]" = {}
         for log in logs:
             log.mark()
-            checkpoint = self._checkpoints.of(log.text.path)
-            notes.setdefault(id(checkpoint), (checkpoint, []))[1].append(log.entry)
             if not log.flight:
-                self._unsettled -= {log.text.identity[:2], log.entry["n"]}
-        for checkpoint, entries in notes.values():
-            checkpoint.note(entries)
+                self._forget(log)
+        for checkpoint, some in itertools.groupby(logs, lambda log: log.checkpoint):
+            checkpoint.note([log.entry for log in some])
 
     def remove_old(self) -> None:
         """Remove files that are delivered, and neither of the current period nor the newest."""
         for path in self._files.listing.old(self._finished):
-            identity, entry = self._finished.pop(path)
-            if entry.get("kept"):
+            identity, checkpoint, entry = self._finished.pop(path)
+            if entry.get("kept") or entry.get("cut"):
                 continue
-            checkpoint = self._checkpoints.of(path)
             checkpoint.journal.sync(0.0)
-            if _remove(path, identity) and "place" in entry:
+            if _remove(path, identity):
                 entry["removed"] = True
                 checkpoint.note([entry])
 
-    def _keep_unsettled(self, log: "_Log") -> None:
+    def _close(self, log: "_Log") -> None:
+        log.text.close()
         if log.flight:
-            self._unsettled |= {log.text.identity[:2], log.entry["n"]}
-            log.text.before = b""  # of many such files
+            self._unsettled.update(dict.fromkeys(_marks(log.text) + [id(log.entry)], log))
 
-    def _entry(self, checkpoint: "_Checkpoint", text: "_Text") -> "Optional[Record]":
-        """Return the entry about a file, whose text then stands at its place; None where it is new."""
+    def _forget(self, log: "_Log") -> None:
+        for mark in _marks(log.text) + [id(log.entry)]:
+            self._unsettled.pop(mark, None)
+
+    def _resumed(self, text: "_Text") -> "Optional[_Log]":
+        """Return the log of a file that comes again with lines in flight, which goes on where it stopped."""
+        log = self._unsettled.get(text.identity[:2])
+        if log is None or log.checkpoint is not self._checkpoints.of(text.path) or not text.goes_on(log.text):
+            return None
+        self._forget(log)
+        log.resume(text)
+        return log
+
+    def _started(self, text: "_Text") -> "Optional[_Log]":
+        """Return a log of a file that begins where it is settled; None where that is not known yet."""
+        checkpoint = self._checkpoints.of(text.path)
+        entry = self._entry(checkpoint, text) if self._unsettled.keys().isdisjoint(_marks(text)) else None
+        if entry is None or id(entry) in self._unsettled:
+            return None
+        self.before += entry["settled"]
+        return _Log(text, checkpoint, entry)
+
+    def _entry(self, checkpoint: "_Checkpoint", text: "_Text") -> "Record":
+        """Return the entry about a file."""
         name = os.path.basename(text.path)
         known = checkpoint.known(name, text.head)
-        for entry in filter(text.fits, known):
-            if entry["name"] == name or not self._is_there(entry, text) and not entry.get("removed"):
+        read = filter(None, [self._read.get(_hash(text.head))])  # maybe in another directory
+        for entry in filter(text.fits, itertools.chain(known, read)):
+            is_own = entry in known
+            if is_own and (entry["name"] == name or not self._is_there(entry, text) and not entry.get("removed")):
                 entry["name"] = name  # it was renamed
                 return entry
-            if not text.read(1):  # a copy, which the other one may outgrow
-                copy = dict(entry, removed=False, **checkpoint.new(name))
+            if b"\n" not in text.read(_CHUNK).lstrip(_BLANK):  # a copy, which the other one may outgrow
+                copy = checkpoint.new(name, entry)
                 checkpoint.note([copy])
                 return copy
         if known or checkpoint.has(name):
             message = "%s is not as it was left, or begins like another file: it starts at the beginning"
             self._files.listing.tell(message, text.path)
-        return None
-
-    def _copied(self, text: "_Text") -> "Optional[Record]":
-        """Return {} where *text* is that of another file that was just read, or its entry where a last line is left."""
-        whole = self._wholes.get(_hash(text.head))
-        return (whole["left"] or {}) if whole and text.fits(whole) and not text.read(1) else None
+        return checkpoint.new(name)
 
     def _is_there(self, entry: "Record", text: "_Text") -> bool:
         """Tell whether the file of another name that *entry* is about is still there, beside that of *text*."""
@@ -7432,6 +7435,11 @@ class _Places:
             return False
 
 
+def _marks(text: "_Text") -> "List[Any]":
+    """Return what tells that it is the same file, or a copy of it, before the checkpoint knows of it."""
+    return [text.identity[:2], _hash(text.head)]
+
+
 class _Shipment(_LineQueue):
     """The lines of files as a queue for the sender; what is settled is noted in the checkpoint of their directory."""
 
@@ -7439,17 +7447,19 @@ class _Shipment(_LineQueue):
         super().__init__(_Ledger(), checkpoints)  # type: ignore[arg-type]
         self.files = files
         self.places = _Places(files, checkpoints)
-        self._checkpoints = checkpoints
+        self.checkpoints = checkpoints
         self._stop = stop
         self._history = history
         self._log: "Optional[_Log]" = None  # the one that is read
         self._inhand: "List[Any]" = []  # what is taken so far, of a batch
 
     def take(self, most: int) -> "List[Item]":
+        items: "List[Item]" = []
         try:
             items = super().take(most)
-        except _Stopped:
-            items = []
+            self._inhand = []
+        except _Stopped:  # what was put back into a file that is closed comes in the next run
+            self._inhand = [line for line in self._inhand if line.source is not self._log]
         if self._history:
             return [item._replace(text=_flagged(item.text)) for item in items]  # type: ignore[attr-defined]
         return items
@@ -7461,24 +7471,20 @@ class _Shipment(_LineQueue):
     def remaining(self) -> "Tuple[int, bool]":
         """Return how many lines are not settled, and whether that is all, as far as can be counted in a moment."""
         self._stop.grant(_COUNT_STOPPED if self._stop.asked else _COUNT)
-        left, self.files.due_at = self.ledger.stats()["pending"], float("inf")
-        self._inhand = []
+        left, self._inhand = self.ledger.stats()["pending"] + len(self._inhand), []
+        if self.files.listing.is_followed:
+            self.files.due_at = float("inf")
         try:
-            log = self._source()
-            while log is not None and not log.text.is_paused:
-                lines: "List[Any]" = []
-                log.take(lines, _TOGETHER, _MAX_TAKEN)
-                left += len(lines)
-                for line in lines:
-                    del log.flight[line.start]
-                if not lines and log.is_read:
-                    log = self._source()
-            return left, log is None  # else it waits for standard input
+            for log in iter(self._source, None):
+                left += len(log.pass_over())
+                if log.text.is_paused:  # standard input, which may be long in coming
+                    return left, False
+            return left, self.files.due_at == float("inf")
         except _Stopped:
             return left, False
         except Exception as error:  # what unpacks has many
-            if log is not None:
-                self._unreadable(log, error)
+            if self._log is not None:
+                self._unreadable(self._log, error)
             return left, False
 
     def unread(self, sizes: "Dict[str, int]") -> int:
@@ -7488,7 +7494,7 @@ class _Shipment(_LineQueue):
 
     def tidy(self, delete: bool) -> None:
         """See to what is not urgent: notes that may not survive a power cut, files that are delivered and may go."""
-        self._checkpoints.sync()
+        self.checkpoints.sync()
         if delete and not self.ledger.stats()["pending"] and self.due_at() > _CLOCK.now():
             self.places.remove_old()
 
@@ -7509,13 +7515,13 @@ class _Shipment(_LineQueue):
             if log is None:
                 if not self._turn_to_next():
                     return None
-            elif not log.is_held and not log.text.is_paused:  # it is done with
+            elif not log.text.is_paused:  # it is done with
                 self._log = None
                 self.places.leave(log)
             elif self._inhand:  # standard input pauses, or a broken last line waits: what is in hand goes out first
                 return None
             else:  # and then it is looked at again
-                log.is_held = log.is_read = False
+                log.text.is_paused = log.is_read = False
         return self._log
 
     def _turn_to_next(self) -> bool:
@@ -7533,28 +7539,20 @@ class _Shipment(_LineQueue):
             if self._log is not None:
                 self._log.is_final = functools.partial(self._is_final, self._log)  # type: ignore[method-assign]
                 return True
-            if path in self.files.waiting:  # it is its own line that it waits for, or it has changed meanwhile
-                break
         return False
 
     def _is_final(self, log: "_Log", text: bytes) -> bool:
         """Tell whether to take the last line of *log*, which has no newline; a broken one after those before it."""
         if self.files.listing.may_grow(log.text.path) or log.text.is_paused or log.entry.get("cut") == len(text):
             return False
-        log.is_held = bool(self._inhand) and _damage(text) is not None
-        return not log.is_held
+        log.text.is_paused = bool(self._inhand) and _damage(text) is not None
+        return not log.text.is_paused
 
     def _count(self, lines: "List[Any]") -> None:
         self.ledger.add({"accepted": len(lines), "pending": len(lines)})
 
-    def _settle(self, lines: "List[Any]") -> None:
-        logs = {}
-        for _, group in itertools.groupby(lines, lambda line: id(line.source)):
-            some = list(group)
-            log = some[0].source
-            logs[id(log)] = log
-            log.settle_all(some)
-        self.places.note(list(logs.values()))
+    def _note(self, sources: "List[_Source]") -> None:
+        self.places.note(sources)
 
     def _unreadable(self, source: "_Source", error: Exception) -> None:
         self._log = None
@@ -7632,7 +7630,7 @@ def _ship(arguments: "Any", stop: "_Stop") -> int:
         shipment: "Any" = _Shipment(_Files(listing, stop.check), checkpoints, stop, arguments.history)
         sender = _Sender(transport, shipment, min(arguments.batch, _FIRST_BATCH), arguments.request_timeout)
         problem = _deliver(shipment, sender, arguments, stop)
-        return _sum_up(shipment, sender, checkpoints, bool(stop.asked) and arguments.follow, problem)
+        return _sum_up(shipment, sender.outage, bool(stop.asked) and arguments.follow, problem)
     finally:
         checkpoints.close()
         transport.close()
@@ -7677,9 +7675,8 @@ class _Checkpoints:
 
     def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
         """Do as _RejectedLog.add() does."""
-        for path, group in itertools.groupby(lines, lambda entry: str(entry[0].source.text.path)):
-            journal = self.of(path).journal
-            folder = os.path.dirname(journal.path) if journal is not None else os.curdir
+        for checkpoint, group in itertools.groupby(lines, lambda entry: entry[0].source.checkpoint):
+            folder = os.path.dirname(checkpoint.journal.path) if checkpoint.journal is not None else os.curdir
             rejected = self.rejected.setdefault(folder, _RejectedLog(os.path.join(folder, "rejected.log")))
             some, missing = list(group), rejected.missing
             rejected.add(some, are_damaged)
@@ -7752,25 +7749,23 @@ def _adapt(sender: "_Sender", most: int) -> None:
         sender.most = min(most, sender.most * 2)
 
 
-def _sum_up(
-    shipment: "_Shipment", sender: "_Sender", checkpoints: "_Checkpoints", is_ended: bool, problem: str
-) -> int:
+def _sum_up(shipment: "_Shipment", outage: "_Outage", is_ended: bool, problem: str) -> int:
     """Print what became of a shipment and return the exit status that says so."""
     counts = shipment.ledger.stats()
     remaining, is_all = shipment.remaining()
     shipment.close()
     left = ("" if is_all else "more than ") + str(remaining)
     _print("delivered %d, rejected %d, remaining %s" % (counts["delivered"], counts["rejected"], left))
-    checkpoints.warn(True)
-    for rejected in checkpoints.rejected.values():
+    shipment.checkpoints.warn(True)
+    for rejected in shipment.checkpoints.rejected.values():
         but = ", but for %d" % rejected.missing if rejected.missing else ""
         _print("the rejected ones are in %s%s" % (_printable(rejected.path), but))
-    is_failing = sender.outage.since is not None
+    is_failing = outage.since is not None
     if is_ended and not problem and not is_failing:  # what cannot be read has been named, and may be read next time
         return _SOME_REJECTED if counts["rejected"] else _DONE
     problem = problem or ", ".join(list(shipment.files.listing.problems.values())[:1])
     if remaining or not is_all or problem:
-        why = sender.outage.state() if is_failing else problem or "it was stopped"
+        why = outage.state() if is_failing else problem or "it was stopped"
         _print("analysys: not all is delivered: %s" % why, "stderr")
         return _NOT_DELIVERED
     if not counts["delivered"] and not counts["rejected"]:
@@ -7854,10 +7849,7 @@ class _Checker:
     def check_all(self, log: "_Log") -> None:
         """Check the lines of a file."""
         while not log.is_read or log.text.is_paused:
-            lines: "List[Any]" = []
-            log.take(lines, _TOGETHER, _MAX_TAKEN)
-            for line in lines:
-                del log.flight[line.start]
+            for line in log.pass_over():
                 self.check(log.text.path, line)
 
     def check(self, path: str, line: "_Line") -> None:
@@ -7928,12 +7920,12 @@ def _shape(record: "Any") -> "Any":
 
 def _check_files(listing: "_Listing", stop: "_Stop", as_json: bool) -> int:
     """Check every line of files, print what they hold and what is wrong, and return the exit status that says so."""
-    checker, is_stopped = _Checker(), False
+    checker, checkpoint, is_stopped = _Checker(), _Checkpoint(None), False
     for path in listing.all():
         try:
             with _open_text(path, stop.check) as text:
                 if not listing.is_foreign(path, text):
-                    checker.check_all(_Log(text))
+                    checker.check_all(_Log(text, checkpoint, checkpoint.new(path)))
         except _Stopped:
             is_stopped = True
             break
