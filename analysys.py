@@ -2782,17 +2782,16 @@ class _Source:
         It has more than *room* bytes, and is not the first of all; or it was not found in a while, or the file is at
         its end (`is_read`).
         """
-        reader = self._look() if len(taken) < most else None
-        while reader is not None:
-            text, number, start, end, length = reader.found
-            if len(text) > room and taken:
+        while len(taken) < most:
+            reader = self._look()
+            if reader is None or taken and len(reader.found[0]) > room:
                 return
+            text, number, start, end, length = reader.found
             line = _Line(text, self.name, number, start, end, length, self)
             taken.append(line)  # first, lest an exception comes when it is in flight and nobody has it
             self.flight[start] = line
             self.ranges[0], reader.found = (end, number, self.ranges[0][2]), None
             room -= len(text)
-            reader = self._look() if len(taken) < most else None
 
     def put_back(self, line: "_Line") -> None:
         """Have *line*, the last one taken, come again."""
@@ -2916,27 +2915,24 @@ class _LineQueue:
     def _take(self, most: int, taken: "List[Any]") -> "List[Tuple[_Line, str]]":
         """Move lines in flight, append them to *taken* and return the damaged ones, each with the reason."""
         damaged: "List[Tuple[_Line, str]]" = []
-        room, source, problem = float(_MAX_TAKEN), self._source(), None
-        while source is not None and len(taken) < most and room > 0:
-            known = len(taken)
+        room, is_barren = float(_MAX_TAKEN), False
+        while len(taken) < most and room > 0 and not is_barren:
+            known, source = len(taken), self._source()
+            if source is None:
+                break
             try:
                 source.take(taken, min(most, known + _TOGETHER), room)
+                is_barren = len(taken) == known and not source.is_read
             except Exception as error:  # gzip has many
-                problem = error
+                self._unreadable(source, error)
             lines = taken[known:]
             room -= sum(len(line.text) for line in lines)
             for line, what in zip(lines, _damages(lines)):
                 if what is not None:
                     damaged.append((line, "line %d of %s is %s" % (line.number, _printable(line.file), what)))
                     room -= 32 * min(len(line.text), _SHOWN) + _SOURCE_COST  # telling costs time and memory
-            if problem is not None:
-                self._unreadable(source, problem)
-            elif lines:
-                continue
-            elif not source.is_read:
-                break
-            problem, room = None, room - _SOURCE_COST
-            source = self._source()
+            if not lines:
+                room -= _SOURCE_COST
         return damaged
 
     def _settle(self, lines: "List[Any]") -> None:
