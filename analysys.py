@@ -2865,9 +2865,6 @@ class _LineQueue:
         """Note durably how far *sources* are settled. What raises here stays settled."""
         raise NotImplementedError
 
-    def _advance(self) -> None:
-        """Called when lines are settled and counted."""
-
     def _unreadable(self, source: "_Source", error: Exception) -> None:
         """*source* cannot be read: see to it that _source() returns it no more, for now at least."""
         raise NotImplementedError
@@ -2897,7 +2894,6 @@ class _LineQueue:
         for line, reason in damaged:
             text = line.text[:_SHOWN].decode("utf-8", "replace")
             self.ledger.settle(1, AnalysysPythonSdkIllegalDataException(reason, [text]))
-        self._advance()
 
     def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         with self._reading:
@@ -2909,7 +2905,6 @@ class _LineQueue:
                 self._settle(items)
             finally:
                 self.ledger.settle(len(items), error)
-                self._advance()
         self._rejected.warn()
 
     def _take(self, most: int, taken: "List[Any]") -> "List[Tuple[_Line, str]]":
@@ -3011,8 +3006,7 @@ class _SpoolFile(_Source):
         self.end = end  # how far it is written, if we write it,
         self.fd = -1  # with which descriptor, while it is the last one,
         self.made: "Optional[Tuple[int, int]]" = None  # and which file that is
-        self.written = 0  # own records in it,
-        self.before: "Optional[int]" = None  # and in those before it, once no call can be inside one of these
+        self.before = float("inf")  # own records in the files before it, once there is one in it
 
     @property
     def path(self) -> str:
@@ -3159,23 +3153,19 @@ class _Writer(_Owner):
     A call may come inside another one of the same thread, at any line (a ``__del__``, a signal handler), or end there
     in an exception, or both. So nobody undoes more than a write of his own that failed, and where an exception came out
     of the outermost call, it counts the lines of the file anew: those of inner calls are accepted. The one count that
-    there is, the file's, is changed in one step.
+    there is of what was written is changed in one step.
     """
 
     def __init__(self, directory: str, max_bytes: int) -> None:
         suffix = binascii.hexlify(os.urandom(4)).decode()
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
         self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
-        self._made: "List[_SpoolFile]" = []  # the last ones, from the latest on whose `before` is known
+        self.written = 0  # records: the one count of them
+        self.taken = 0  # how many of them, from the oldest on, are taken or lost; under the ledger's lock
         self.room = _Room(directory, self.name, max_bytes)
         self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
         self._numbers = itertools.count(1)  # of files; a step that no other call comes into
-
-    @property
-    def written(self) -> int:
-        """How many records were written."""
-        return _count_written(self._made[:])
 
     def append(self, lines: bytes) -> bool:
         """Hand *lines* to the operating system, all or none; return False where there is no room. Under `writing`."""
@@ -3190,12 +3180,12 @@ class _Writer(_Owner):
             if size < 0 or size and size + len(lines) > self.room.roll_size and not is_inner:
                 if not self.room.is_left(sum(int(file.end) for file in self.files[:] if not file.is_done())):
                     return False
-                if not is_inner:
-                    self._close_count()
                 self._roll()
             file = self.files[-1]
+            if not file.end:
+                file.before = min(self.written, file.before)  # a call that came inside this line has the less
             _write_all(file.fd, lines)
-            file.written += lines.count(b"\n")
+            self.written += lines.count(b"\n")
             file.end += len(lines)  # last: from here on they are taken
             return True
         except BaseException:
@@ -3216,8 +3206,17 @@ class _Writer(_Owner):
     def is_done(self, file: "_SpoolFile") -> bool:
         return file.is_done() and file.fd < 0
 
-    def drop(self, file: "_SpoolFile") -> "List[bytes]":
-        """Forget a file that is gone; return those of its lines that were not taken and still can be read."""
+    def settled(self) -> int:
+        """Return how many records, from the oldest on, are settled; never too many, at any moment."""
+        taken = self.taken  # first: what is taken meanwhile is in flight
+        try:
+            oldest = next((line for file in self.files[:] for line in file.flight.values()), None)
+        except RuntimeError:  # it was changed by another thread
+            return self.settled()
+        return taken if oldest is None else int(oldest.source.before + oldest.number - 1)
+
+    def give_up(self, file: "_SpoolFile") -> "Tuple[int, List[bytes]]":
+        """Write no more to a file that is gone; return how many of its records are not taken, and what can be read."""
         with self.writing:  # it may be the one that is written: the next put() makes another one
             start, left = file.ranges[0][0], b""
             try:
@@ -3225,9 +3224,11 @@ class _Writer(_Owner):
             except OSError:  # it was closed, or its disk is gone
                 pass
             file.close()
-            self.files.remove(file)
             _unlink(file.path)  # what is left of it, where it was emptied
-        return left.splitlines(True)
+            behind = self.files[self.files.index(file) + 1 :]
+            end = min([self.written] + [other.before for other in behind])
+        # As taken count also those that were lost before, where an exception cut the look short.
+        return int(end - max(file.before + file.ranges[0][1], self.taken)), left.splitlines(True)
 
     def close(self) -> None:
         """Write no more."""
@@ -3243,21 +3244,14 @@ class _Writer(_Owner):
     def _mend(self) -> None:
         """Count the lines that calls left which ended in an exception, and cut off a part of one."""
         size = self._size()
-        if size >= 0:
+        if size > 0:
             file = self.files[-1]
             lines = _read_at(file.fd, 0, size)
             whole = lines.rfind(b"\n") + 1
             os.ftruncate(file.fd, whole)
-            file.written = lines.count(b"\n")
+            self.written = int(file.before) + lines.count(b"\n")
             file.end = whole
         self._is_torn = False
-
-    def _close_count(self) -> None:
-        """Note in the last file how many records come before it, lest `written` takes longer with each file."""
-        made = self._made[:]
-        if len(made) > 1:
-            made[-1].before = _count_written(made[:-1])
-            del self._made[: len(made) - 1]  # an inner call only appends
 
     def _size(self) -> int:
         """Return the size of the file that is written; -1 where there is none, or somebody has cut it."""
@@ -3272,20 +3266,9 @@ class _Writer(_Owner):
         file.fd = _open_own_lines(file.path, 0o600)
         file.made = _inode(os.fstat(file.fd))
         _hold(file.fd, 0.0)  # until it is closed: see the head of this section
-        self._made.append(file)  # first: what is in it is counted from the beginning
         self.files.append(file)
         for other in self.files[:-1]:
             other.close()
-
-
-def _count_written(files: "List[_SpoolFile]") -> int:
-    """Return how many records are in *files*, the latest ones of a writer, and in all before them."""
-    written = 0
-    for file in reversed(files):
-        written += file.written
-        if file.before is not None:
-            return written + file.before
-    return written
 
 
 def _unlink(path: str) -> None:
@@ -3430,52 +3413,19 @@ class _Leftovers:
             self.look_at = 0.0  # as soon as these are done
 
 
-class _Tally:
-    """How far this process's own records are taken and settled, counted from the oldest: what flush() waits for."""
-
-    def __init__(self, due_size: int, interval: float) -> None:
-        self.taken = self.settled = 0
-        self.since = 0.0  # when the oldest record came that waits, or before
-        self._due_size = due_size
-        self._interval = interval
-        self._order: "Deque[Any]" = collections.deque()  # lines that were taken, and numbers of lines that are lost
-
-    def take(self, lines: "List[Any]") -> None:
-        self._order.extend(lines)
-        self.taken += len(lines)
-
-    def lose(self, number: int) -> None:
-        self._order.append(number)
-        self.taken += number
-
-    def advance(self) -> None:
-        """Look anew for the oldest line that is in flight: all before it are settled."""
-        while self._order:  # each is looked at once when it goes, and the oldest at each call
-            first = self._order[0]
-            is_line = isinstance(first, tuple)
-            if is_line and first.start in first.source.flight:
-                break
-            self._order.popleft()
-            self.settled += 1 if is_line else first
-
-    def due_at(self, written: int) -> float:
-        waiting = written - self.taken
-        if self._order or waiting >= self._due_size:
-            return 0.0
-        return self.since + self._interval if waiting > 0 else float("inf")
-
-
 class _Spool(_LineQueue):
     """A queue on disk: what this process wrote, after what ended ones left."""
 
     def __init__(self, directory: str, max_bytes: int, due_size: int, interval: float) -> None:
         self._own = _Writer(directory, max_bytes)
         path = os.path.join(directory, "rejected.log")
-        own, self._tally = self._own, _Tally(due_size, interval)
-        tally = self._tally
-        ledger = _Ledger("adopted", held=lambda: _held(own.written - tally.taken))  # not of self: that would be a cycle
+        own = self._own
+        ledger = _Ledger("adopted", held=lambda: _held(own.written - own.taken))  # not of self: that would be a cycle
         super().__init__(ledger, _RejectedLog(path, own.room.rejected_size))
         self._leftovers = _Leftovers(directory, own.name)
+        self._due_size = due_size
+        self._interval = interval  # seconds
+        self._since = 0.0  # when the oldest record came that waits, or before
         self._notice_at = 0.0  # when to look again at our files and for others'
         self._warn_at = 0.0  # when to warn again of a disk that fails us
         self._echoes: "Set[bytes]" = set()  # lines that on_error tracked
@@ -3498,9 +3448,9 @@ class _Spool(_LineQueue):
                     return 0
             except OSError as error:
                 raise _unwritable(own.path(), error, [line]) from error
-            waiting = own.written - self._tally.taken
+            waiting = own.written - own.taken
             if waiting <= 1:
-                self._tally.since = _CLOCK.now()
+                self._since = _CLOCK.now()
             return max(1, waiting)
 
     def take_back(self, line: bytes) -> bool:
@@ -3509,7 +3459,7 @@ class _Spool(_LineQueue):
     def take(self, most: int) -> "List[Item]":
         items: "List[Any]" = super().take(most)
         if not items:
-            self._tally.since = _CLOCK.now()  # nothing could be had: do not come back at once
+            self._since = _CLOCK.now()  # nothing could be had: do not come back at once
         for place, item in enumerate(items) if self._echoes else ():
             if item.text in self._echoes:
                 self._echoes.discard(item.text)
@@ -3522,10 +3472,13 @@ class _Spool(_LineQueue):
         if now >= self._notice_at:
             self._notice_at = now + _NOTICE_EVERY
             self._notice()
-        return 0.0 if self._leftovers.adopted else self._tally.due_at(self._own.written)
+        waiting = self._own.written - self._own.taken
+        if self._leftovers.adopted or waiting >= self._due_size or self._own.settled() < self._own.taken:
+            return 0.0
+        return self._since + self._interval if waiting > 0 else float("inf")
 
     def mark(self) -> "Tuple[int, int]":
-        settled = self._tally.settled  # first, so that it is never more than what was written
+        settled = self._own.settled()  # first, so that it is never more than what was written
         return self._own.written, settled
 
     def close(self) -> "List[bytes]":
@@ -3554,8 +3507,9 @@ class _Spool(_LineQueue):
         for file in self._own.files[:] if source is None else ():
             if file.has_more() and not file.is_gone():
                 return file
-            if file.has_more():
-                self._lose(file)
+            if file.has_more():  # what comes after it waits until it is lost
+                self._notice_at = 0.0
+                break
         return source
 
     def _leftover(self) -> "Optional[_SpoolFile]":
@@ -3573,8 +3527,8 @@ class _Spool(_LineQueue):
     def _count(self, lines: "List[Any]") -> None:
         own = [line for line in lines if line.source.owner is self._own]
         change = {"accepted": len(own), "adopted": len(lines) - len(own), "pending": len(lines)}
-        with self.ledger.lock:  # the tally's are no longer held
-            self._tally.take(own)
+        with self.ledger.lock:  # what is taken is no longer held
+            self._own.taken += len(own)
             self.ledger.add(change)
 
     def _note(self, sources: "List[Any]") -> None:
@@ -3593,19 +3547,14 @@ class _Spool(_LineQueue):
             self._warn_at = _CLOCK.now() + _WARN_EVERY
             _log("warning", message, *values)
 
-    def _advance(self) -> None:
-        self._tally.advance()
-
     def _unreadable(self, source: "Any", error: Exception) -> None:
         is_own = source.owner is self._own
         if getattr(error, "errno", None) in _NO_DESCRIPTORS or is_own and not source.is_gone():
             raise error  # another time
-        if is_own:
-            self._lose(source)
-            return
-        source.owner.files.remove(source)
-        source.owner.aside.append(source)
-        self._leftovers.set_aside(source.owner.name, source.path, error)
+        if not is_own:  # else it is lost, see _source()
+            source.owner.files.remove(source)
+            source.owner.aside.append(source)
+            self._leftovers.set_aside(source.owner.name, source.path, error)
 
     def _notice(self, at_the_end: bool = False) -> None:
         """See whether somebody removed our files, and look for others', unless lines are being taken just now."""
@@ -3634,16 +3583,15 @@ class _Spool(_LineQueue):
 
     def _lose(self, file: "_SpoolFile") -> None:
         """Count as rejected what was in an own file that is gone, but for what is in flight."""
-        left = self._own.drop(file)
-        lost = file.written - file.ranges[0][1]
+        lost, left = self._own.give_up(file)
         if lost > 0:
             reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
             error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
             with self.ledger.lock:
-                self._tally.lose(lost)
+                self._own.taken += lost
                 self.ledger.add({"accepted": lost, "pending": lost})
             self.ledger.settle(lost, error)
-            self._tally.advance()
+        file.end = file.ranges[0][0]  # last: nothing more is to be had of it
 
 
 def _check_directory(path: str) -> None:
