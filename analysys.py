@@ -3002,15 +3002,13 @@ class _SpoolFile(_Source):
 
     def __init__(self, path: str, owner: "_Owner", end: float, position: "Any" = (0, 0, ())) -> None:
         super().__init__(os.path.basename(path), position)
+        self.path = path
         self.owner = owner
+        self.is_aside = False  # whether it can be read no more, or not be removed: it stays where it is
         self.end = end  # how far it is written, if we write it,
         self.fd = -1  # with which descriptor, while it is the last one,
         self.made: "Optional[Tuple[int, int]]" = None  # and which file that is
         self.before = float("inf")  # own records in the files before it, once there is one in it
-
-    @property
-    def path(self) -> str:
-        return os.path.join(os.path.dirname(self.owner.base), self.name)
 
     def open(self, offset: int) -> "Callable[[int], bytes]":
         def read(size: int) -> bytes:  # a descriptor that is kept would be a forked child's, too
@@ -3029,10 +3027,11 @@ class _SpoolFile(_Source):
         return self.end == float("inf")  # else a line that is not noted yet, by a call inside which another one came
 
     def has_more(self) -> bool:
-        return self.ranges[0][0] < self.end if self.end < float("inf") else not self.is_read
+        is_read = self.ranges[0][0] >= self.end if self.end < float("inf") else self.is_read
+        return not is_read and not self.is_aside
 
     def is_done(self) -> bool:
-        return not self.has_more() and not self.flight
+        return not self.has_more() and not self.flight and not self.is_aside and self.fd < 0
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -3053,8 +3052,7 @@ class _Owner:
 
     def __init__(self, directory: str, name: str) -> None:
         self.name = name
-        self.files: "List[_SpoolFile]" = []  # that are not wholly settled, the oldest first
-        self.aside: "List[_SpoolFile]" = []  # that cannot be read: they stay where they are, with the lock
+        self.files: "List[_SpoolFile]" = []  # that are not removed, the oldest first
         self.base = os.path.join(directory, name)
         self._lock_fd = -1
         self._lock_made: "Optional[Tuple[int, int]]" = None  # which file that is
@@ -3106,25 +3104,21 @@ class _Owner:
         # In this order: killed in between, we leave a note about a file that is gone, which does no harm. The other way
         # round it would be a file about which there is no note, and all of it would come again.
         stuck = None
-        for file in filter(self.is_done, self.files[:]):
-            self.files.remove(file)
+        for file in filter(_SpoolFile.is_done, self.files[:]):
             try:
                 os.unlink(file.path)
             except FileNotFoundError:
                 pass
             except OSError as error:  # it stays, and that it is done with
-                stuck = error
-                self.aside.append(file)
-        files = self.files + self.aside
-        kept = json.dumps({file.name: file.position() for file in files if file.offset or file.ranges[0][0]})
+                stuck, file.is_aside = error, True
+                continue
+            self.files.remove(file)
+        kept = json.dumps({file.name: file.position() for file in self.files if file.offset or file.ranges[0][0]})
         os.lseek(self._lock_fd, 0, os.SEEK_SET)
         if os.write(self._lock_fd, kept.encode("ascii") + b"\n") <= len(kept):
             raise OSError(errno.ENOSPC, "there is no room")
         if stuck is not None:
             raise stuck
-
-    def is_done(self, file: "_SpoolFile") -> bool:
-        return file.is_done()
 
     def keep_lock(self) -> None:
         """Make the lock file anew where somebody removed it."""
@@ -3138,7 +3132,7 @@ class _Owner:
 
     def end(self) -> None:
         """Let go of what is left; whoever finds it may claim it. Where nothing is, leave no trace."""
-        if self._lock_fd >= 0 and not self.files and not self.aside:
+        if self._lock_fd >= 0 and not self.files:
             _unlink(self.base + ".lock")
         self.disown()
 
@@ -3178,7 +3172,8 @@ class _Writer(_Owner):
             size = self.files[-1].end if self.files and self.files[-1].fd >= 0 else -1
             # An inner call leaves the file to the outer one, whose lines its end lacks: it would be done without them.
             if size < 0 or size and size + len(lines) > self.room.roll_size and not is_inner:
-                if not self.room.is_left(sum(int(file.end) for file in self.files[:] if not file.is_done())):
+                unsettled = [file for file in self.files[:] if file.has_more() or file.flight]
+                if not self.room.is_left(sum(int(file.end) for file in unsettled)):
                     return False
                 self._roll()
             file = self.files[-1]
@@ -3202,9 +3197,6 @@ class _Writer(_Owner):
     def path(self) -> str:
         """Return where the next record goes, for a message."""
         return self.files[-1].path if self.files else self.base + ".*.log"
-
-    def is_done(self, file: "_SpoolFile") -> bool:
-        return file.is_done() and file.fd < 0
 
     def settled(self) -> int:
         """Return how many records, from the oldest on, are settled; never too many, at any moment."""
@@ -3406,7 +3398,7 @@ class _Leftovers:
         """No descriptor is free: leave the program some of ours."""
         self._found.clear()
         for owner in self.adopted[len(self.adopted) // 2 :]:
-            if not any(file.offset or file.flight for file in owner.files + owner.aside):
+            if not any(file.offset or file.flight for file in owner.files):
                 self.adopted.remove(owner)
                 owner.disown()
         if self.adopted:
@@ -3517,9 +3509,9 @@ class _Spool(_LineQueue):
             for file in owner.files:
                 if file.has_more():
                     return file
-            if any(map(owner.is_done, owner.files)):
+            if any(file.is_done() for file in owner.files):
                 self._note_owner(owner)
-            if not owner.files and not any(file.flight for file in owner.aside):
+            if not any(file.flight for file in owner.files):
                 self._leftovers.adopted.remove(owner)
                 owner.end()
         return None
@@ -3552,8 +3544,7 @@ class _Spool(_LineQueue):
         if getattr(error, "errno", None) in _NO_DESCRIPTORS or is_own and not source.is_gone():
             raise error  # another time
         if not is_own:  # else it is lost, see _source()
-            source.owner.files.remove(source)
-            source.owner.aside.append(source)
+            source.is_aside = True
             self._leftovers.set_aside(source.owner.name, source.path, error)
 
     def _notice(self, at_the_end: bool = False) -> None:
