@@ -3042,8 +3042,8 @@ class _SpoolFile(_Source):
         end = self.end  # first: it grows while we look
         try:
             found = os.lstat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
+        except OSError as error:
+            return isinstance(error, (FileNotFoundError, NotADirectoryError))  # else nobody knows, as yet
         return _inode(found) != self.made or found.st_size < end
 
 
@@ -3476,7 +3476,9 @@ class _Spool(_LineQueue):
     def close(self) -> "List[bytes]":
         with self._reading:
             if not self._closed:
-                self._notice(True)
+                for file in filter(_SpoolFile.is_gone, self._own.files[:]):
+                    self._lose(file)
+                    self._refuse_flight(file)
                 with self._own.writing:
                     self._closed = True
                 self._own.close()
@@ -3547,30 +3549,28 @@ class _Spool(_LineQueue):
             source.is_aside = True
             self._leftovers.set_aside(source.owner.name, source.path, error)
 
-    def _notice(self, at_the_end: bool = False) -> None:
+    def _notice(self) -> None:
         """See whether somebody removed our files, and look for others', unless lines are being taken just now."""
         if not self._reading.acquire(False):
             return
         try:
             if not self._closed:
-                self._lose_what_is_gone(at_the_end)
-                for owner in [] if at_the_end else [self._own] + self._leftovers.adopted:
+                for file in filter(_SpoolFile.is_gone, self._own.files[:]):
+                    self._lose(file)
+                for owner in [self._own] + self._leftovers.adopted:
                     owner.keep_lock()
-                if not at_the_end:
-                    self._leftovers.look()
+                self._leftovers.look()
         except OSError as error:
             self._warn("cannot look after the spool of %s.lock: %s", self._own.name, error)
         finally:
             self._reading.release()
 
-    def _lose_what_is_gone(self, at_the_end: bool) -> None:
-        for file in [file for file in self._own.files if file.is_gone()]:
-            self._lose(file)
-            if at_the_end and file.flight:  # else the server may have them yet
-                reason = "%s was removed by somebody" % _printable(file.path)
-                lines: "List[Any]" = list(file.flight.values())
-                records = _records([line.text for line in lines])
-                self.settle(lines, AnalysysPythonSdkIllegalDataException(reason, records))
+    def _refuse_flight(self, file: "_SpoolFile") -> None:
+        """Count as rejected what is in flight of a file that is gone, since the server can have it no more."""
+        lines: "List[Any]" = list(file.flight.values())
+        if lines:
+            reason = "%s was removed by somebody" % _printable(file.path)
+            self.settle(lines, AnalysysPythonSdkIllegalDataException(reason, _records([line.text for line in lines])))
 
     def _lose(self, file: "_SpoolFile") -> None:
         """Count as rejected what was in an own file that is gone, but for what is in flight."""
