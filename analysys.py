@@ -2464,11 +2464,11 @@ def _read_at(fd: int, offset: int, size: int) -> bytes:
 
 def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
     """Lock an open file against other processes; BlockingIOError where they hold it for *patience* seconds."""
-    sleeper, deadline, pause = None, 0.0, 0.0  # sleeper: made where it is needed, most times it is not
+    if _try_lock(fd, _FLOCK):  # as most times
+        return
+    sleeper, deadline, pause = threading.Lock(), _CLOCK.now() + patience, 0.0
+    sleeper.acquire()
     while not _try_lock(fd, _FLOCK):
-        if sleeper is None:
-            sleeper, deadline = threading.Lock(), _CLOCK.now() + patience
-            sleeper.acquire()
         if _CLOCK.now() >= deadline:
             waited = max(patience, _SHORT_LOCK_TIMEOUT)  # or somebody else did it, just now
             raise BlockingIOError(errno.EAGAIN, "another process has held its lock for %g s" % waited)
