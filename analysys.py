@@ -2616,11 +2616,10 @@ class _RejectedLog(_SharedFile):
 def _count_lines(path: str) -> int:
     """Return how many lines a file of ours has; 0 where there is none."""
     try:
-        fd = _open_own(path, os.O_RDONLY)
+        with io.open(path, "rb", opener=_open_own) as file:
+            return sum(1 for _ in file)
     except FileNotFoundError:
         return 0
-    with io.open(fd, "rb", buffering=0) as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK), b""))
 
 
 # Lines of files. A line queue takes lines from files, in order, and settles them in any order. The spool (files that we
