@@ -2330,10 +2330,9 @@ class _MemoryQueue:
 class _SharedFile:
     """A file of lines that any number of processes append to; they take turns by a lock on it."""
 
-    def __init__(self, path: str, mode: int, opener: "Callable[[str, int], int]") -> None:
+    def __init__(self, path: str, opener: "Callable[[str], int]") -> None:
         self.path = path
-        self._mode = mode  # of a new file
-        self._open = opener
+        self._open = opener  # for reading and appending
         self._fd = -1
         self._is_open = False  # so it is, with all below; False and yet a descriptor: a signal cut close() short
         self._place = b""  # the path as the system has it: so it is looked up in less time
@@ -2379,42 +2378,31 @@ class _SharedFile:
         _close_kept(self._fd, self._inode)
         self._fd = -1
 
-    def _lock(self, patience: float, attempts: int = 100) -> int:
+    def _lock(self, patience: float) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
-        if not self._is_open:
+        for _ in range(100):
+            if not self._is_open:
+                self.close()
+                self._fd = self._open(self.path)
+                self._inode, self._place, self._end = _inode(os.fstat(self._fd)), os.fsencode(self.path), 0
+                self._is_open = True
+            if self._tried_at >= 0:  # those who came meanwhile need not wait as well
+                patience = _SHORT_LOCK_TIMEOUT if _CLOCK.now() > self._tried_at + _SHORT_LOCK_TIMEOUT else 0.0
+            try:
+                _lock_file(self._fd, patience)
+            except BlockingIOError:
+                if self._tried_at >= 0 or patience >= _LOCK_TIMEOUT:
+                    self._tried_at = _CLOCK.now()
+                raise
+            self._tried_at = -1.0
+            try:
+                now = os.stat(self._place)
+                if (now.st_dev, now.st_ino) == self._inode:
+                    return now.st_size
+            except FileNotFoundError:
+                pass
             self.close()
-            self._fd = self._open(self.path, self._mode)
-            self._inode, self._place, self._end = _inode(os.fstat(self._fd)), os.fsencode(self.path), 0
-            self._is_open = True
-        if self._tried_at >= 0:  # those who came meanwhile need not wait as well
-            patience = _SHORT_LOCK_TIMEOUT if _CLOCK.now() > self._tried_at + _SHORT_LOCK_TIMEOUT else 0.0
-        try:
-            _lock_file(self._fd, patience)
-        except BlockingIOError:
-            if self._tried_at >= 0 or patience >= _LOCK_TIMEOUT:
-                self._tried_at = _CLOCK.now()
-            raise
-        self._tried_at = -1.0
-        try:
-            now = os.stat(self._place)
-            if (now.st_dev, now.st_ino) == self._inode:
-                return now.st_size
-        except FileNotFoundError:
-            pass
-        self.close()
-        if not attempts:
-            raise OSError(errno.EBUSY, "renamed or deleted again and again")
-        return self._lock(patience, attempts - 1)
-
-
-def _open_lines(path: str, mode: int, opener: "Optional[Callable[[str, int, int], int]]" = None) -> int:
-    """Open a file for reading and appending by *opener*, making it and its directory where they are missing."""
-    opener, flags = opener or _open_regular, os.O_RDWR | os.O_APPEND | os.O_CREAT
-    try:
-        return opener(path, flags, mode)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), 0o777 if opener is _open_regular else 0o700, exist_ok=True)
-        return opener(path, flags, mode)
+        raise OSError(errno.EBUSY, "renamed or deleted again and again")
 
 
 def _open_regular(path: str, flags: int, mode: int = 0o600) -> int:
@@ -2427,6 +2415,16 @@ def _open_regular(path: str, flags: int, mode: int = 0o600) -> int:
 
 
 _OPEN_FLAGS: int = sum(getattr(os, name, 0) for name in "O_NONBLOCK O_NOCTTY O_BINARY O_CLOEXEC".split())
+
+
+def _open_lines(path: str, opener: "Callable[[str, int, int], int]" = _open_regular, mode: int = 0o640) -> int:
+    """Open a file for reading and appending by *opener*, making it and its directory where they are missing."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    try:
+        return opener(path, flags, mode)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), 0o777 if opener is _open_regular else 0o700, exist_ok=True)
+        return opener(path, flags, mode)
 
 
 def _append(fd: int, size: int, data: bytes, note: "Callable[[], None]") -> None:
@@ -2529,8 +2527,8 @@ def _open_own(path: str, flags: int, mode: int = 0o600, made: "Optional[Tuple[in
     raise OSError(errno.EPERM, problem)
 
 
-def _open_own_lines(path: str, mode: int) -> int:
-    return _open_lines(path, mode, _open_own)
+def _open_own_lines(path: str) -> int:
+    return _open_lines(path, _open_own, 0o600)
 
 
 class _RejectedLog(_SharedFile):
@@ -2543,7 +2541,7 @@ class _RejectedLog(_SharedFile):
     """
 
     def __init__(self, path: str, roll_size: int = _ROLL_SIZE) -> None:
-        super().__init__(path, 0o600, _open_own_lines)
+        super().__init__(path, _open_own_lines)
         self.roll_size = roll_size
         self._coming = 0  # bytes that are about to be appended
         self.missing = 0  # records that are in none of the files,
@@ -2595,8 +2593,8 @@ class _RejectedLog(_SharedFile):
         self.missing += number
         self._lost[why] = self._lost.get(why, 0) + number
 
-    def _lock(self, patience: float, attempts: int = 100) -> int:
-        size = super()._lock(patience, attempts)
+    def _lock(self, patience: float) -> int:
+        size = super()._lock(patience)
         if not size or size + self._coming <= self.roll_size:
             return size
         # Full: it moves on, the oldest first, under its lock. Who waits for that sees another file at the path then.
@@ -2610,7 +2608,7 @@ class _RejectedLog(_SharedFile):
             pass
         os.replace(self.path, older)
         self.close()
-        return super()._lock(patience, attempts)
+        return super()._lock(patience)
 
 
 def _count_lines(path: str) -> int:
@@ -3254,7 +3252,7 @@ class _Writer(_Owner):
 
     def _roll(self) -> None:
         file = _SpoolFile("%s.%06d.log" % (self.base, next(self._numbers)), self, 0)
-        file.fd = _open_own_lines(file.path, 0o600)
+        file.fd = _open_own_lines(file.path)
         file.made = _inode(os.fstat(file.fd))
         _hold(file.fd, 0.0)  # until it is closed: see the head of this section
         self.files.append(file)
@@ -4407,7 +4405,7 @@ class _LogFile:
         self._batch = batch
         self._buffer: "List[bytes]" = []  # lines accepted and not yet written; its steps are atomic
         self._since = self._until = 0.0  # the quarter of an hour for which _file is known: time zones differ by no less
-        self._file = _SharedFile("", 0o640, _open_lines)
+        self._file = _SharedFile("", _open_lines)
         self._written = 0  # lines that never waited
         self.closed = False
 
@@ -4527,7 +4525,7 @@ class _LogFile:
         path = os.path.join(self._directory, time.strftime(self._pattern, time.localtime(now)))
         if self._file.path != path:
             self.disown()
-            self._file = _SharedFile(path, 0o640, _open_lines)
+            self._file = _SharedFile(path, _open_lines)
         self._since = now // 900 * 900
         self._until = self._since + 900
 
@@ -7127,7 +7125,7 @@ class _Journal:
 
     def open(self) -> bytes:
         """Keep other processes away, and return what is there."""
-        self._lock_fd = _open_own_lines(self.path + ".lock", 0o600)
+        self._lock_fd = _open_own_lines(self.path + ".lock")
         if not _try_lock(self._lock_fd, _LOCKF):
             raise AnalysysPythonSdkFileException("another upload is at work: it holds %s.lock" % self.path)
         if not os.path.lexists(self.path):

@@ -6821,7 +6821,7 @@ def test_a_log_that_signal_handlers_left_locked_is_written_by_this_thread_and_th
 def test_wherever_a_signal_handler_raises_as_a_failed_write_closes_its_file_nobody_is_kept_from_its_lock(tmp_path):
     for step in range(1, 200):
         path = str(tmp_path / str(step))
-        file, other = (analysys._SharedFile(path, 0o600, analysys._open_lines) for _ in range(2))
+        file, other = (analysys._SharedFile(path, analysys._open_lines) for _ in range(2))
         came = disturbed(lambda: file.append(b"a\n", interrupt), step, interrupt)
         file.append(b"b\n", lambda: None, 0.0)
         other.append(b"c\n", lambda: None, 0.0)
