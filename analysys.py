@@ -3220,14 +3220,12 @@ class _Writer(_Owner):
         return int(end - max(file.before + file.ranges[0][1], self.taken)), left.splitlines(True)
 
     def close(self) -> None:
-        """Write no more."""
-        with self.writing:
-            for file in self.files:
-                file.close()
-
-    def disown(self) -> None:
+        """Write no more. Under `writing`, but in a forked child."""
         for file in self.files:
             file.close()
+
+    def disown(self) -> None:
+        self.close()
         super().disown()
 
     def _mend(self) -> None:
@@ -3478,7 +3476,7 @@ class _Spool(_LineQueue):
                     self._refuse_flight(file)
                 with self._own.writing:
                     self._closed = True
-                self._own.close()
+                    self._own.close()
                 self._note_owner(self._own)
                 for owner in self._leftovers.adopted + [self._own]:
                     owner.end()
