@@ -3230,23 +3230,16 @@ class _Writer(_Owner):
 
     def _mend(self) -> None:
         """Count the lines that calls left which ended in an exception, and cut off a part of one."""
-        size = self._size()
-        if size > 0:
-            file = self.files[-1]
-            lines = _read_at(file.fd, 0, size)
+        file = self.files[-1] if self.files else None
+        if file is not None and file.fd >= 0:
+            end = int(file.end)  # first: another call may come in between
+            lines = _read_at(file.fd, 0, os.fstat(file.fd).st_size)
             whole = lines.rfind(b"\n") + 1
-            os.ftruncate(file.fd, whole)
-            self.written = int(file.before) + lines.count(b"\n")
-            file.end = whole
+            if len(lines) >= end and lines:  # else somebody has cut it
+                os.ftruncate(file.fd, whole)
+                self.written = int(file.before) + lines.count(b"\n")
+                file.end = whole
         self._is_torn = False
-
-    def _size(self) -> int:
-        """Return the size of the file that is written; -1 where there is none, or somebody has cut it."""
-        if not self.files or self.files[-1].fd < 0:
-            return -1
-        end = int(self.files[-1].end)  # first: another call may come in between
-        size = os.fstat(self.files[-1].fd).st_size
-        return size if size >= end else -1
 
     def _roll(self) -> None:
         file = _SpoolFile("%s.%06d.log" % (self.base, next(self._numbers)), self, 0)
