@@ -2855,12 +2855,13 @@ class _LineQueue:
         raise NotImplementedError
 
     def _count(self, lines: "List[Any]") -> None:
-        """Count *lines*, which are being taken, in the ledger, if they are not yet."""
-        raise NotImplementedError
+        """Count *lines*, which are being taken, in the ledger."""
+        self.ledger.add({"accepted": len(lines), "pending": len(lines)})
 
-    def _note(self, sources: "List[_Source]") -> None:
-        """Note durably how far *sources* are settled. What raises here stays settled."""
-        raise NotImplementedError
+    def _settle(self, lines: "List[Any]") -> None:
+        """Settle *lines* and note it durably. What raises in the note stays settled."""
+        for line in lines:
+            line.source.settle(line)
 
     def _unreadable(self, source: "_Source", error: Exception) -> None:
         """*source* cannot be read: see to it that _source() returns it no more, for now at least."""
@@ -2927,10 +2928,6 @@ class _LineQueue:
                 room -= _SOURCE_COST
         return damaged
 
-    def _settle(self, lines: "List[Any]") -> None:
-        for line in lines:
-            line.source.settle(line)
-        self._note(list({id(line.source): line.source for line in lines}.values()))
 
 
 # The spool. The files of one process are an *owner*'s: NAME.lock, which it keeps locked while it lives and which says
@@ -3470,7 +3467,7 @@ class _Spool(_LineQueue):
                 with self._own.writing:
                     self._closed = True
                     self._own.close()
-                self._note_owner(self._own)
+                self._note(self._own)
                 for owner in self._leftovers.adopted + [self._own]:
                     owner.end()
         self._rejected.warn(True)
@@ -3500,7 +3497,7 @@ class _Spool(_LineQueue):
                 if file.has_more():
                     return file
             if any(file.is_done() for file in owner.files):
-                self._note_owner(owner)
+                self._note(owner)
             if not any(file.flight for file in owner.files):
                 self._leftovers.adopted.remove(owner)
                 owner.end()
@@ -3513,11 +3510,12 @@ class _Spool(_LineQueue):
             self._own.taken += len(own)
             self.ledger.add(change)
 
-    def _note(self, sources: "List[Any]") -> None:
-        for owner in {id(file.owner): file.owner for file in sources}.values():
-            self._note_owner(owner)
+    def _settle(self, lines: "List[Any]") -> None:
+        super()._settle(lines)
+        for owner in {line.source.owner for line in lines}:
+            self._note(owner)
 
-    def _note_owner(self, owner: "_Owner") -> None:
+    def _note(self, owner: "_Owner") -> None:
         try:
             owner.note()
         except OSError as error:
@@ -7550,9 +7548,6 @@ class _Shipment(_LineQueue):
             return False
         log.is_held = bool(self._inhand) and _damage(text) is not None
         return not log.is_held
-
-    def _count(self, lines: "List[Any]") -> None:
-        self.ledger.add({"accepted": len(lines), "pending": len(lines)})
 
     def _settle(self, lines: "List[Any]") -> None:
         logs = {}

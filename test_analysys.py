@@ -3107,11 +3107,9 @@ class Queue(analysys._LineQueue):
     def _source(self):
         return next((source for source in self.sources if not source.is_read), None)
 
-    def _count(self, lines):
-        self.ledger.add({"accepted": len(lines), "pending": len(lines)})
-
-    def _note(self, sources):
-        self.notes.append(sources[0].position())
+    def _settle(self, lines):
+        super()._settle(lines)
+        self.notes.append(lines[0].source.position())
 
     def all(self, most=1000):
         items = []
