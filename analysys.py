@@ -3314,12 +3314,11 @@ class _Leftovers:
         self._found: "Deque[Tuple[str, List[str]]]" = collections.deque()  # owners to try, and names of their files
         self._aside: "Set[str]" = set()  # names of owners whose files cannot be had
 
-    def look(self) -> bool:
-        """Adopt what is there, if it is time to; return whether anything was."""
+    def look(self) -> None:
+        """Adopt what is there, if it is time to."""
         if _CLOCK.now() < self.look_at or len(self.adopted) >= _MOST_ADOPTED:
-            return False
+            return
         self.look_at = _CLOCK.now() + _LOOK_EVERY
-        number = len(self.adopted)
         try:
             if not self._found:
                 self._list()
@@ -3327,7 +3326,6 @@ class _Leftovers:
                 _alone(self._directory, self._adopt)
         except OSError:  # no descriptor is free, say
             pass
-        return len(self.adopted) > number
 
     def set_aside(self, name: str, path: str, error: object) -> None:
         self._aside.add(name)
@@ -3481,7 +3479,8 @@ class _Spool(_LineQueue):
 
     def _source(self) -> "Optional[_Source]":
         source = self._leftover()  # what ended processes left comes before our own: it is older
-        if source is None and self._leftovers.look():
+        if source is None:
+            self._leftovers.look()
             source = self._leftover()
         for file in self._own.files[:] if source is None else ():
             if file.has_more() and not file.is_gone():
