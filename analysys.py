@@ -2677,7 +2677,7 @@ class _Reader:
         self.lines = self._cut()
 
     def _cut(self) -> "Iterator[Any]":
-        """Yield (text, number, start, end, length) of each line; None after a chunk without any: that may take a while.
+        """Yield (text, number, start, end, length) of each line, and None after each chunk: many may be without any.
 
         Only the last text may lack its newline.
         """
@@ -2688,16 +2688,13 @@ class _Reader:
             if chunk[-1:] == b"\r" and place + len(chunk) < self._end:
                 chunk += self._read(1)
             place += len(chunk)
-            is_barren = bool(chunk)
             for part in self._parts(chunk):
                 # Nearly all lines lie within a chunk. The others are put together, as far as they may be records.
                 whole = self._length == 0 and part[-1:] in b"\r\n"
                 line = self._line(part, len(part)) if whole else self._lengthen(part)
                 if line is not None:
-                    is_barren = False
                     yield line
-            if is_barren and not 0 < self._length <= _MAX_LINE:
-                yield None
+            yield None
         if self._length:
             yield self._end_line()
         self.is_at_end = True
@@ -2759,8 +2756,7 @@ class _Source:
         self.name = name
         self.offset, self.number, holes = position  # where the last settled line ends, and how many end there
         # What is to be read, in order: where a range begins, how many lines come before it, where it ends.
-        self.ranges: "List[Tuple[int, int, float]]" = [(start, number, end) for start, number, end in holes]
-        self.ranges.append((self.offset, self.number, float("inf")))
+        self.ranges: "List[Tuple[int, int, float]]" = [*map(tuple, holes), (self.offset, self.number, float("inf"))]
         self.flight: "collections.OrderedDict[int, _Line]" = collections.OrderedDict()  # by where they begin, in order
         self.is_read = False  # to its end, as far as that was there
         self._reader: "Optional[_Reader]" = None  # of the first range
