@@ -3330,10 +3330,8 @@ class _Leftovers:
     def _list(self) -> None:
         owners: "Dict[str, List[str]]" = {}
         for name in os.listdir(self._directory):
-            if re.fullmatch(_SPOOL_FILE, name):
+            if re.fullmatch(_SPOOL_FILE + "|" + _SPOOL_LOCK, name):
                 owners.setdefault(name.partition(".")[0], []).append(name)
-            elif re.fullmatch(_SPOOL_LOCK, name):
-                owners.setdefault(name.partition(".")[0], [])
         self._aside.intersection_update(owners)
         not_for_us = self._aside.union([self._own_name], (owner.name for owner in self.adopted))
         found = [item for item in owners.items() if item[0] not in not_for_us]
@@ -3345,8 +3343,8 @@ class _Leftovers:
             if len(self.adopted) >= _MOST_ADOPTED:
                 self.look_at = 0.0  # as soon as these are done
                 break
-            name, files = self._found.popleft()
-            files.sort(key=lambda file: int(file.split(".")[-2]))
+            name, names = self._found.popleft()
+            files = sorted((file for file in names if file.endswith(".log")), key=lambda file: int(file.split(".")[-2]))
             owner = _Owner(self._directory, name)
             try:
                 if self._claim(owner, files, held):
