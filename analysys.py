@@ -2550,16 +2550,11 @@ class _RejectedLog(_SharedFile):
 
     def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
         """Append *lines*, each with a reason. Raises no OSError."""
-        entries: "List[bytes]" = []
-        size = 0
-        for line, reason in lines:
-            entry = self._entry(line, reason, are_damaged)
-            if entries and size + len(entry) > min(self.roll_size, _CHUNK):
-                self._write(entries)
-                entries, size = [], 0
-            entries.append(entry)
-            size += len(entry)
-        self._write(entries)
+        try:
+            for line, reason in lines:
+                self._write(self._entry(line, reason, are_damaged))
+        finally:
+            self.close()
 
     def warn(self, at_once: bool = False) -> None:
         """Tell of records that are in none of the files, once a minute. Not for under a lock."""
@@ -2576,18 +2571,15 @@ class _RejectedLog(_SharedFile):
         shown = {"record": line.text[:_SHOWN].decode("utf-8", "replace"), "length": line.length}
         return place + b", " + json.dumps(shown)[1:].encode("ascii") + b"\n"
 
-    def _write(self, entries: "List[bytes]") -> None:
-        data, why = b"".join(entries), "it holds no more than %d bytes" % self.roll_size
-        self._coming = len(data)
+    def _write(self, entry: bytes) -> None:
+        self._coming, why = len(entry), "it holds no more than %d bytes" % self.roll_size
         try:
-            if len(data) <= self.roll_size:
-                self.append(data, lambda: None)
+            if len(entry) <= self.roll_size:
+                self.append(entry, lambda: None)
                 return
         except OSError as error:
             why = "it cannot be written: %s" % error
-        finally:
-            self.close()
-        self._lose(len(entries), why)
+        self._lose(1, why)
 
     def _lose(self, number: int, why: str) -> None:
         self.missing += number
