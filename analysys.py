@@ -2209,18 +2209,20 @@ class _MemoryQueue:
     def put(self, line: bytes) -> int:
         # A handler may raise between any two of these steps. What tells how far it came is the queue itself: where the
         # entry is in it, found by identity, the record is accepted; where it is not, the slots are as they were.
-        entry, claimed = (line, _CLOCK.now()), 0
+        entry = line, _CLOCK.now()
+        claimed: "List[None]" = []  # slots
         try:
-            # One step as far as can be: a slot that is taken and not noted as claimed is lost.
-            claimed = self._slots.pop() is None if len(line) <= _SLOT else self._claim(self._size(line))
-            if not claimed:
-                return 0
+            if len(line) <= _SLOT:
+                claimed = [self._slots.pop()]  # one step as far as can be: what is in neither list is lost
+            else:
+                self._claim(claimed, self._size(line))
             self._waiting.append(entry)
-        except IndexError:  # no slot is free
+        except IndexError:  # there is no room
+            self._slots.extend(claimed)
             return 0
         except BaseException:  # out of a signal handler: undo what was done, but for what is in the queue
             if not any(other is entry for other in _steady(lambda: list(self._waiting))):
-                self._slots.extend([None] * claimed)
+                self._slots.extend(claimed)
             raise
         number = len(self._waiting) or 1  # the sender may have been quicker
         return number if self._slots else max(number, self._due_size)
@@ -2300,19 +2302,12 @@ class _MemoryQueue:
     def _size(self, line: bytes) -> int:
         return min((len(line) + _SLOT - 1) // _SLOT, self._max_size)  # one larger than the queue goes in alone
 
-    def _claim(self, number: int) -> int:
-        """Take *number* slots or none; return how many. One thread at a time, lest two keep each other from enough."""
+    def _claim(self, claimed: "List[None]", number: int) -> None:
+        """Move *number* slots; IndexError where there are less. One thread at a time: two could have half of them."""
         with self.ledger.lock:
             if len(self._slots) < number:
-                return 0
-            claimed: "List[None]" = []
-            try:
-                while len(claimed) < number:
-                    claimed.append(self._slots.pop())
-            except IndexError:  # others were quicker
-                self._slots.extend(claimed)
-                return 0
-        return number
+                raise IndexError
+            claimed.extend(itertools.starmap(self._slots.pop, itertools.repeat((), number)))  # each in one step
 
 
 # Files that processes share. Each append locks the file, looks whether it is still the one at the path and ends with a

@@ -6028,10 +6028,11 @@ def test_what_another_thread_settles_while_a_queue_is_looked_at_is_no_error():
     assert queue.mark() == (2, 1)
 
 
-def test_wherever_a_small_record_comes_into_the_put_of_a_large_one_no_room_is_lost():
+@table("disturb", [lambda queue: queue.put(b"{}\n"), interrupt])
+def test_wherever_a_small_record_or_an_exception_comes_into_the_put_of_a_large_one_no_room_is_lost(disturb):
     for step in range(1, 40):
         queue = analysys._MemoryQueue(3, 9, 1.0)
-        disturbed(lambda: queue.put(b"x" * 40000), step, lambda: queue.put(b"{}\n"))      # all of it, and a third
+        disturbed(lambda: queue.put(b"x" * 40000), step, functools.partial(disturb, queue))      # all of it, and a third
         queue.settle(queue.take(9))
         assert queue.put(b"x" * 40000)
 
