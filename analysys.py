@@ -2775,8 +2775,8 @@ class _Source:
 
     def put_back(self, line: "_Line") -> None:
         """Have *line*, the last one taken, come again."""
-        self.flight.pop(line.start, None)
         self.ranges[0], self._reader = (line.start, line.number - 1, self.ranges[0][2]), None
+        self.flight.pop(line.start, None)  # last: what is neither in flight nor to be read seems settled
 
     def settle(self, line: "_Line") -> None:
         del self.flight[line.start]
@@ -3132,7 +3132,6 @@ class _Writer(_Owner):
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
         self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
         self.written = 0  # records: the one count of them
-        self.taken = 0  # how many of them, from the oldest on, are taken or lost; under the ledger's lock
         self.room = _Room(directory, self.name, max_bytes)
         self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
@@ -3175,9 +3174,17 @@ class _Writer(_Owner):
         """Return where the next record goes, for a message."""
         return self.files[-1].path if self.files else self.base + ".*.log"
 
+    def taken(self) -> int:
+        """Return how many records, from the oldest on, are taken or lost."""
+        written = self.written  # first: it grows
+        for file in self.files[:]:
+            if file.has_more():
+                return int(file.before) + file.ranges[0][1]
+        return written
+
     def settled(self) -> int:
         """Return how many records, from the oldest on, are settled; never too many, at any moment."""
-        taken = self.taken  # first: what is taken meanwhile is in flight
+        taken = self.taken()  # first: what is taken meanwhile is in flight
         try:
             oldest = next((line for file in self.files[:] for line in file.flight.values()), None)
         except RuntimeError:  # it was changed by another thread
@@ -3196,8 +3203,7 @@ class _Writer(_Owner):
             _unlink(file.path)  # what is left of it, where it was emptied
             behind = self.files[self.files.index(file) + 1 :]
             end = min([self.written] + [other.before for other in behind])
-        # As taken count also those that were lost before, where an exception cut the look short.
-        return int(end - max(file.before + file.ranges[0][1], self.taken)), left.splitlines(True)
+        return int(end - file.before) - file.ranges[0][1] if file.has_more() else 0, left.splitlines(True)
 
     def close(self) -> None:
         """Write no more. Under `writing`, but in a forked child."""
@@ -3376,7 +3382,7 @@ class _Spool(_LineQueue):
         self._own = _Writer(directory, max_bytes)
         path = os.path.join(directory, "rejected.log")
         own = self._own
-        ledger = _Ledger("adopted", held=lambda: _held(own.written - own.taken))  # not of self: that would be a cycle
+        ledger = _Ledger("adopted", held=lambda: _held(own.written))  # not of self: that would be a cycle
         super().__init__(ledger, _RejectedLog(path, own.room.rejected_size))
         self._leftovers = _Leftovers(directory, own.name)
         self._due_size = due_size
@@ -3404,7 +3410,7 @@ class _Spool(_LineQueue):
                     return 0
             except OSError as error:
                 raise _unwritable(own.path(), error, [line]) from error
-            waiting = own.written - own.taken
+            waiting = own.written - own.taken()
             if waiting <= 1:
                 self._since = _CLOCK.now()
             return max(1, waiting)
@@ -3428,8 +3434,8 @@ class _Spool(_LineQueue):
         if now >= self._notice_at:
             self._notice_at = now + _NOTICE_EVERY
             self._notice()
-        waiting = self._own.written - self._own.taken
-        if self._leftovers.adopted or waiting >= self._due_size or self._own.settled() < self._own.taken:
+        waiting = self._own.written - self._own.taken()
+        if self._leftovers.adopted or waiting >= self._due_size or any(file.flight for file in self._own.files[:]):
             return 0.0
         return self._since + self._interval if waiting > 0 else float("inf")
 
@@ -3484,11 +3490,8 @@ class _Spool(_LineQueue):
         return None
 
     def _count(self, lines: "List[Any]") -> None:
-        own = [line for line in lines if line.source.owner is self._own]
-        change = {"accepted": len(own), "adopted": len(lines) - len(own), "pending": len(lines)}
-        with self.ledger.lock:  # what is taken is no longer held
-            self._own.taken += len(own)
-            self.ledger.add(change)
+        adopted = sum(line.source.owner is not self._own for line in lines)  # own ones count when they are written
+        self.ledger.add({"adopted": adopted, "pending": adopted})
 
     def _settle(self, lines: "List[Any]") -> None:
         super()._settle(lines)
@@ -3544,9 +3547,6 @@ class _Spool(_LineQueue):
         if lost > 0:
             reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
             error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
-            with self.ledger.lock:
-                self._own.taken += lost
-                self.ledger.add({"accepted": lost, "pending": lost})
             self.ledger.settle(lost, error)
         file.end = file.ranges[0][0]  # last: nothing more is to be had of it
 

@@ -3769,6 +3769,45 @@ def test_a_record_that_is_taken_or_lost_counts_once_at_any_moment(tmp_path, what
     assert step > 20
 
 
+def test_an_exception_out_of_a_signal_handler_while_a_spool_hands_out_records_loses_none_and_counts_each_once(tmp_path):
+    for step in range(1, 1000):
+        with spool(tmp_path / str(step)) as (queue, put):
+            for xwhat in "abcde":
+                put(xwhat)
+            items = []
+            disturbed(lambda: items.extend(queue.take(3)), step, interrupt)
+            assert queue.mark() == (5, 0)
+            if queue._own.files[0].flight:             # from then on they are the caller's
+                break
+            items += all_of(queue)
+            assert names_of(items) == list("abcde")
+            queue.settle(items)
+            assert queue.mark() == (5, 5)
+            balanced(queue.ledger.stats(), accepted=5, delivered=5, pending=0)
+    assert step > 50
+
+
+@posix_only
+def test_what_was_in_a_removed_spool_file_is_told_also_where_a_signal_handler_ends_the_look(tmp_path):
+    for step in range(1, 1000):
+        folder = tmp_path / str(step)
+        with spool(folder) as (queue, put):
+            for xwhat in "abcde":
+                put(xwhat)
+            items = queue.take(2)
+            for path in folder.glob("*.0*.log"):
+                path.unlink()
+            came = disturbed(queue._notice, step, interrupt)
+            queue._notice()                            # as a second later
+            assert queue.mark() == (5, 0)
+            queue.settle(items)
+            assert queue.mark() == (5, 5) and queue.ledger.stats()["rejected"] >= 3
+            if not came:
+                balanced(queue.ledger.stats(), accepted=5, delivered=2, rejected=3, pending=0)
+                break
+    assert step > 50
+
+
 def test_what_is_settled_counts_where_an_exception_comes_out_of_the_note_of_it(tmp_path, monkeypatch):
     def interrupted(*_):
         monkeypatch.undo()
