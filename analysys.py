@@ -3174,13 +3174,15 @@ class _Writer(_Owner):
         """Return where the next record goes, for a message."""
         return self.files[-1].path if self.files else self.base + ".*.log"
 
+    def unread(self) -> "Optional[_SpoolFile]":
+        """Return the oldest file in which there are records that are not taken."""
+        return next((file for file in self.files[:] if file.has_more()), None)
+
     def taken(self) -> int:
         """Return how many records, from the oldest on, are taken or lost."""
         written = self.written  # first: it grows
-        for file in self.files[:]:
-            if file.has_more():
-                return int(file.before) + file.ranges[0][1]
-        return written
+        file = self.unread()
+        return written if file is None else int(file.before) + file.ranges[0][1]
 
     def settled(self) -> int:
         """Return how many records, from the oldest on, are settled; never too many, at any moment."""
@@ -3316,8 +3318,8 @@ class _Leftovers:
         except OSError:  # no descriptor is free, say
             pass
 
-    def set_aside(self, name: str, path: str, error: object) -> None:
-        self._aside.add(name)
+    def set_aside(self, owner: "_Owner", path: str, error: object) -> None:
+        self._aside.add(owner.name)
         _log("warning", "%s is set aside, it cannot be delivered: %s", _printable(path), error)
 
     def _list(self) -> None:
@@ -3349,12 +3351,12 @@ class _Leftovers:
                 if error.errno in _NO_DESCRIPTORS:
                     self._give_back()
                     break
-                self.set_aside(name, os.path.join(self._directory, name), error)
+                self.set_aside(owner, owner.base, error)
 
     def _claim(self, owner: "_Owner", files: "List[str]", held: "Set[Tuple[int, int]]") -> bool:
         """Claim what nobody has: not this process either, and where there is no lock file, nobody who writes."""
         try:
-            return _inode(os.lstat(os.path.join(self._directory, owner.name + ".lock"))) not in held and owner.claim(0)
+            return _inode(os.lstat(owner.base + ".lock")) not in held and owner.claim(0)
         except FileNotFoundError:
             if not files:
                 raise
@@ -3379,11 +3381,9 @@ class _Spool(_LineQueue):
     """A queue on disk: what this process wrote, after what ended ones left."""
 
     def __init__(self, directory: str, max_bytes: int, due_size: int, interval: float) -> None:
-        self._own = _Writer(directory, max_bytes)
-        path = os.path.join(directory, "rejected.log")
-        own = self._own
+        self._own = own = _Writer(directory, max_bytes)
         ledger = _Ledger("adopted", held=lambda: _held(own.written))  # not of self: that would be a cycle
-        super().__init__(ledger, _RejectedLog(path, own.room.rejected_size))
+        super().__init__(ledger, _RejectedLog(os.path.join(directory, "rejected.log"), own.room.rejected_size))
         self._leftovers = _Leftovers(directory, own.name)
         self._due_size = due_size
         self._interval = interval  # seconds
@@ -3469,12 +3469,10 @@ class _Spool(_LineQueue):
         if source is None:
             self._leftovers.look()
             source = self._leftover()
-        for file in self._own.files[:] if source is None else ():
-            if file.has_more() and not file.is_gone():
-                return file
-            if file.has_more():  # what comes after it waits until it is lost
-                self._notice_at = 0.0
-                break
+        if source is None:
+            source = self._own.unread()
+            if source is not None and source.is_gone():  # what comes after it waits until it is lost
+                self._notice_at, source = 0.0, None
         return source
 
     def _leftover(self) -> "Optional[_SpoolFile]":
@@ -3511,12 +3509,10 @@ class _Spool(_LineQueue):
             _log("warning", message, *values)
 
     def _unreadable(self, source: "Any", error: Exception) -> None:
-        is_own = source.owner is self._own
-        if getattr(error, "errno", None) in _NO_DESCRIPTORS or is_own and not source.is_gone():
-            raise error  # another time
-        if not is_own:  # else it is lost, see _source()
-            source.is_aside = True
-            self._leftovers.set_aside(source.owner.name, source.path, error)
+        if source.owner is self._own or getattr(error, "errno", None) in _NO_DESCRIPTORS:
+            raise error  # another time; if it went just now, _source() sees that then
+        source.is_aside = True
+        self._leftovers.set_aside(source.owner, source.path, error)
 
     def _notice(self) -> None:
         """See whether somebody removed our files, and look for others', unless lines are being taken just now."""
