@@ -3033,6 +3033,7 @@ class _Owner:
         self.base = os.path.join(directory, name)
         self._lock_fd = -1
         self._lock_made: "Optional[Tuple[int, int]]" = None  # which file that is
+        self._is_over = False
 
     def claim(self, flags: int) -> bool:
         """Lock the files, if nobody else has; raise OSError where that cannot be tried."""
@@ -3077,7 +3078,9 @@ class _Owner:
         return 0, 0, ()
 
     def note(self) -> None:
-        """Remove the files that are done with, then note how far the others are settled."""
+        """Remove the files that are done with, then note how far the others are settled. Void after end()."""
+        if self._is_over:
+            return
         # In this order: killed in between, we leave a note about a file that is gone, which does no harm. The other way
         # round it would be a file about which there is no note, and all of it would come again.
         stuck = None
@@ -3100,7 +3103,7 @@ class _Owner:
     def keep_lock(self) -> None:
         """Make the lock file anew where somebody removed it."""
         try:
-            if self._lock_fd < 0 or os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
+            if os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
                 return
         except FileNotFoundError:
             os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)
@@ -3109,13 +3112,15 @@ class _Owner:
 
     def end(self) -> None:
         """Let go of what is left; whoever finds it may claim it. Where nothing is, leave no trace."""
-        if self._lock_fd >= 0 and not self.files:
+        if not self._is_over and not self.files:
             _unlink(self.base + ".lock")
+        self._is_over = True
         self.disown()
 
     def disown(self) -> None:
-        fd, self._lock_fd = self._lock_fd, -1
-        _close_kept(fd, self._lock_made)
+        # In this order: a descriptor that an exception out of a signal handler had us forget would keep the lock.
+        _close_kept(self._lock_fd, self._lock_made)
+        self._lock_fd = -1
 
 
 class _Writer(_Owner):
@@ -3449,12 +3454,12 @@ class _Spool(_LineQueue):
                 for file in filter(_SpoolFile.is_gone, self._own.files[:]):
                     self._lose(file)
                     self._refuse_flight(file)
-                with self._own.writing:
-                    self._closed = True
-                    self._own.close()
-                self._note(self._own)
-                for owner in self._leftovers.adopted + [self._own]:
-                    owner.end()
+            with self._own.writing:
+                self._closed = True
+                self._own.close()
+            self._note(self._own)
+            for owner in self._leftovers.adopted + [self._own]:
+                owner.end()
         self._rejected.warn(True)
         return []
 

@@ -3788,6 +3788,21 @@ def test_an_exception_out_of_a_signal_handler_while_a_spool_hands_out_records_lo
 
 
 @posix_only
+def test_a_spool_whose_close_is_interrupted_lets_go_of_its_files_when_it_is_closed_again(tmp_path):
+    for step in range(1, 400):
+        with spool(tmp_path / str(step)) as (queue, put):
+            put("a")
+            came = disturbed(queue.close, step, interrupt)
+            queue.close()
+            balanced(queue.ledger.stats(), accepted=1, pending=1)
+            with spool(tmp_path / str(step)) as (other, _):
+                assert names_of(all_of(other)) == ["a"], step
+        if not came:
+            break
+    assert step > 20
+
+
+@posix_only
 def test_what_was_in_a_removed_spool_file_is_told_also_where_a_signal_handler_ends_the_look(tmp_path):
     for step in range(1, 1000):
         folder = tmp_path / str(step)
