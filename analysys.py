@@ -3181,7 +3181,7 @@ class _Writer(_Owner):
 
     def unread(self) -> "Optional[_SpoolFile]":
         """Return the oldest file in which there are records that are not taken."""
-        return next((file for file in self.files[:] if file.has_more()), None)
+        return next(filter(_SpoolFile.has_more, self.files[:]), None)
 
     def taken(self) -> int:
         """Return how many records, from the oldest on, are taken or lost."""
@@ -3193,10 +3193,12 @@ class _Writer(_Owner):
         """Return how many records, from the oldest on, are settled; never too many, at any moment."""
         taken = self.taken()  # first: what is taken meanwhile is in flight
         try:
-            oldest = next((line for file in self.files[:] for line in file.flight.values()), None)
+            for file in self.files[:]:
+                for oldest in file.flight.values():
+                    return int(file.before) + oldest.number - 1
         except RuntimeError:  # it was changed by another thread
             return self.settled()
-        return taken if oldest is None else int(oldest.source.before + oldest.number - 1)
+        return taken
 
     def give_up(self, file: "_SpoolFile") -> "Tuple[int, List[bytes]]":
         """Write no more to a file that is gone; return how many of its records are not taken, and what can be read."""
@@ -3440,7 +3442,7 @@ class _Spool(_LineQueue):
             self._notice_at = now + _NOTICE_EVERY
             self._notice()
         waiting = self._own.written - self._own.taken()
-        if self._leftovers.adopted or waiting >= self._due_size or any(file.flight for file in self._own.files[:]):
+        if self._leftovers.adopted or waiting >= self._due_size or self._own.settled() < self._own.taken():
             return 0.0
         return self._since + self._interval if waiting > 0 else float("inf")
 
@@ -3485,9 +3487,9 @@ class _Spool(_LineQueue):
             for file in owner.files:
                 if file.has_more():
                     return file
-            if any(file.is_done() for file in owner.files):
+            if any(map(_SpoolFile.is_done, owner.files)):
                 self._note(owner)
-            if not any(file.flight for file in owner.files):
+            if not [file for file in owner.files if file.flight]:
                 self._leftovers.adopted.remove(owner)
                 owner.end()
         return None
@@ -3514,10 +3516,12 @@ class _Spool(_LineQueue):
             _log("warning", message, *values)
 
     def _unreadable(self, source: "Any", error: Exception) -> None:
-        if source.owner is self._own or getattr(error, "errno", None) in _NO_DESCRIPTORS:
-            raise error  # another time; if it went just now, _source() sees that then
-        source.is_aside = True
-        self._leftovers.set_aside(source.owner, source.path, error)
+        is_own = source.owner is self._own
+        if getattr(error, "errno", None) in _NO_DESCRIPTORS or is_own and not source.is_gone():
+            raise error  # another time
+        if not is_own:  # else it will be lost, see _source()
+            source.is_aside = True
+            self._leftovers.set_aside(source.owner, source.path, error)
 
     def _notice(self) -> None:
         """See whether somebody removed our files, and look for others', unless lines are being taken just now."""
