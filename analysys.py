@@ -2118,8 +2118,8 @@ class _Ledger:
     """Counts that balance at any moment, accepted (+ adopted) = delivered + rejected + pending, and what is to be told.
 
     A __del__ or a signal handler that tracks may run anywhere, also inside these methods: a change is appended whole,
-    in one step, and who reads adds up what is there. What a queue in memory holds, it counts itself (*held*): a record
-    is accepted by the one step that puts it there.
+    in one step, and who reads adds up what is there. What put() took in, the queue counts itself (*held*): a record is
+    accepted by the one step that puts it there.
     """
 
     def __init__(self, *more: str, held: "Callable[[], Dict[str, int]]" = dict) -> None:
@@ -2653,27 +2653,26 @@ class _Reader:
     def __init__(
         self, open_at: "Callable[[int], Callable[[int], bytes]]", can_reopen: bool, start: "Tuple[int, int, float]"
     ) -> None:
-        self.offset, self.number, self._end = start  # all before offset is handed out, or blank; where to stop
+        self.offset, self.number, end = start  # all before offset is handed out, or blank
         self._open_at = open_at
         self.is_at_end = False
         self._most_kept = _MAX_TAKEN if can_reopen else _MAX_LINE
-        self._read = open_at(self.offset)
         self._kept = bytearray()  # of a line whose end is not read yet,
         self._length = 0  # and how many bytes it has so far
         self.found: "Any" = None  # the line that was looked at and is not taken yet
-        self.lines = self._cut()
+        self.lines = self._cut(open_at(self.offset), end)
 
-    def _cut(self) -> "Iterator[Any]":
+    def _cut(self, read: "Callable[[int], bytes]", end: float) -> "Iterator[Any]":
         """Yield (text, number, start, end, length) of each line, and None after each chunk: many may be without any.
 
         Only the last text may lack its newline.
         """
         place, chunk = self.offset, b"-"
         while chunk:
-            chunk = self._read(int(min(_CHUNK, self._end - place)))
+            chunk = read(int(min(_CHUNK, end - place)))
             # CRLF is one end of a line: cut in two it would be two.
-            if chunk[-1:] == b"\r" and place + len(chunk) < self._end:
-                chunk += self._read(1)
+            if chunk[-1:] == b"\r" and place + len(chunk) < end:
+                chunk += read(1)
             place += len(chunk)
             for part in self._parts(chunk):
                 # Nearly all lines lie within a chunk. The others are put together, as far as they may be records.
@@ -3195,7 +3194,7 @@ class _Writer(_Owner):
         try:
             for file in self.files[:]:
                 for oldest in file.flight.values():
-                    return int(file.before) + oldest.number - 1
+                    return int(file.before + oldest.number) - 1
         except RuntimeError:  # it was changed by another thread
             return self.settled()
         return taken
