@@ -3180,7 +3180,10 @@ class _Writer(_Owner):
 
     def unread(self) -> "Optional[_SpoolFile]":
         """Return the oldest file in which there are records that are not taken."""
-        return next(filter(_SpoolFile.has_more, self.files[:]), None)
+        for file in self.files[:]:
+            if file.ranges[0][0] < file.end:  # as has_more() says: each put() comes here
+                return file
+        return None
 
     def taken(self) -> int:
         """Return how many records, from the oldest on, are taken or lost."""
