@@ -3158,7 +3158,7 @@ class _Writer(_Owner):
                 self._roll()
             file = self.files[-1]
             if not file.end:
-                file.before = min(self.written, file.before)  # a call that came inside this line has the less
+                file.before = min(self.written, file.before)  # a call that came inside has noted the lower one
             _write_all(file.fd, lines)
             self.written += lines.count(b"\n")
             file.end += len(lines)  # last: from here on they are taken
