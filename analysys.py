@@ -2122,8 +2122,8 @@ class _Ledger:
     """Counts that balance at any moment, accepted (+ adopted) = delivered + rejected + pending, and what is to be told.
 
     A __del__ or a signal handler that tracks may run anywhere, also inside these methods: a change is appended whole,
-    in one step, and who reads adds up what is there. What a queue in memory holds, it counts itself (*held*): a record
-    is accepted by the one step that puts it there.
+    in one step, and who reads adds up what is there. What put() took in, the queue counts itself (*held*): a record is
+    accepted by the one step that puts it there.
     """
 
     def __init__(self, *more: str, held: "Callable[[], Dict[str, int]]" = dict) -> None:
@@ -2214,18 +2214,20 @@ class _MemoryQueue:
     def put(self, line: bytes) -> int:
         # A handler may raise between any two of these steps. What tells how far it came is the queue itself: where the
         # entry is in it, found by identity, the record is accepted; where it is not, the slots are as they were.
-        entry, claimed = (line, _CLOCK.now()), 0
+        entry = line, _CLOCK.now()
+        claimed: "List[None]" = []  # slots
         try:
-            # One step as far as can be: a slot that is taken and not noted as claimed is lost.
-            claimed = self._slots.pop() is None if len(line) <= _SLOT else self._claim(self._size(line))
-            if not claimed:
-                return 0
+            if len(line) <= _SLOT:
+                claimed = [self._slots.pop()]  # one step as far as can be: what is in neither list is lost
+            else:
+                self._claim(claimed, self._size(line))
             self._waiting.append(entry)
-        except IndexError:  # no slot is free
+        except IndexError:  # there is no room
+            self._slots.extend(claimed)
             return 0
         except BaseException:  # out of a signal handler: undo what was done, but for what is in the queue
             if not any(other is entry for other in _steady(lambda: list(self._waiting))):
-                self._slots.extend([None] * claimed)
+                self._slots.extend(claimed)
             raise
         number = len(self._waiting) or 1  # the sender may have been quicker
         return number if self._slots else max(number, self._due_size)
@@ -2306,19 +2308,12 @@ class _MemoryQueue:
     def _size(self, line: bytes) -> int:
         return min((len(line) + _SLOT - 1) // _SLOT, self._max_size)  # one larger than the queue goes in alone
 
-    def _claim(self, number: int) -> int:
-        """Take *number* slots or none; return how many. One thread at a time, lest two keep each other from enough."""
+    def _claim(self, claimed: "List[None]", number: int) -> None:
+        """Move *number* slots; IndexError where there are less. One thread at a time: two could have half of them."""
         with self.ledger.lock:
             if len(self._slots) < number:
-                return 0
-            claimed: "List[None]" = []
-            try:
-                while len(claimed) < number:
-                    claimed.append(self._slots.pop())
-            except IndexError:  # others were quicker
-                self._slots.extend(claimed)
-                return 0
-        return number
+                raise IndexError
+            claimed.extend(itertools.starmap(self._slots.pop, itertools.repeat((), number)))  # each in one step
 
 
 # Files that processes share. Each append locks the file, looks whether it is still the one at the path and ends with a
@@ -2336,10 +2331,9 @@ class _MemoryQueue:
 class _SharedFile:
     """A file of lines that any number of processes append to; they take turns by a lock on it."""
 
-    def __init__(self, path: str, mode: int, opener: "Callable[[str, int], int]") -> None:
+    def __init__(self, path: str, opener: "Callable[[str], int]") -> None:
         self.path = path
-        self._mode = mode  # of a new file
-        self._open = opener
+        self._open = opener  # for reading and appending
         self._fd = -1
         self._is_open = False  # so it is, with all below; False and yet a descriptor: a signal cut close() short
         self._place = b""  # the path as the system has it: so it is looked up in less time
@@ -2385,42 +2379,31 @@ class _SharedFile:
         _close_kept(self._fd, self._inode)
         self._fd = -1
 
-    def _lock(self, patience: float, attempts: int = 100) -> int:
+    def _lock(self, patience: float) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
-        if not self._is_open:
+        for _ in range(100):
+            if not self._is_open:
+                self.close()
+                self._fd = self._open(self.path)
+                self._inode, self._place, self._end = _inode(os.fstat(self._fd)), os.fsencode(self.path), 0
+                self._is_open = True
+            if self._tried_at >= 0:  # those who came meanwhile need not wait as well
+                patience = _SHORT_LOCK_TIMEOUT if _CLOCK.now() > self._tried_at + _SHORT_LOCK_TIMEOUT else 0.0
+            try:
+                _lock_file(self._fd, patience)
+            except BlockingIOError:
+                if self._tried_at >= 0 or patience >= _LOCK_TIMEOUT:
+                    self._tried_at = _CLOCK.now()
+                raise
+            self._tried_at = -1.0
+            try:
+                now = os.stat(self._place)
+                if (now.st_dev, now.st_ino) == self._inode:
+                    return now.st_size
+            except FileNotFoundError:
+                pass
             self.close()
-            self._fd = self._open(self.path, self._mode)
-            self._inode, self._place, self._end = _inode(os.fstat(self._fd)), os.fsencode(self.path), 0
-            self._is_open = True
-        if self._tried_at >= 0:  # those who came meanwhile need not wait as well
-            patience = _SHORT_LOCK_TIMEOUT if _CLOCK.now() > self._tried_at + _SHORT_LOCK_TIMEOUT else 0.0
-        try:
-            _lock_file(self._fd, patience)
-        except BlockingIOError:
-            if self._tried_at >= 0 or patience >= _LOCK_TIMEOUT:
-                self._tried_at = _CLOCK.now()
-            raise
-        self._tried_at = -1.0
-        try:
-            now = os.stat(self._place)
-            if (now.st_dev, now.st_ino) == self._inode:
-                return now.st_size
-        except FileNotFoundError:
-            pass
-        self.close()
-        if not attempts:
-            raise OSError(errno.EBUSY, "renamed or deleted again and again")
-        return self._lock(patience, attempts - 1)
-
-
-def _open_lines(path: str, mode: int, opener: "Optional[Callable[[str, int, int], int]]" = None) -> int:
-    """Open a file for reading and appending by *opener*, making it and its directory where they are missing."""
-    opener, flags = opener or _open_regular, os.O_RDWR | os.O_APPEND | os.O_CREAT
-    try:
-        return opener(path, flags, mode)
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), 0o777 if opener is _open_regular else 0o700, exist_ok=True)
-        return opener(path, flags, mode)
+        raise OSError(errno.EBUSY, "renamed or deleted again and again")
 
 
 def _open_regular(path: str, flags: int, mode: int = 0o600) -> int:
@@ -2433,6 +2416,16 @@ def _open_regular(path: str, flags: int, mode: int = 0o600) -> int:
 
 
 _OPEN_FLAGS: int = sum(getattr(os, name, 0) for name in "O_NONBLOCK O_NOCTTY O_BINARY O_CLOEXEC".split())
+
+
+def _open_lines(path: str, opener: "Callable[[str, int, int], int]" = _open_regular, mode: int = 0o640) -> int:
+    """Open a file for reading and appending by *opener*, making it and its directory where they are missing."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    try:
+        return opener(path, flags, mode)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), 0o777 if opener is _open_regular else 0o700, exist_ok=True)
+        return opener(path, flags, mode)
 
 
 def _append(fd: int, size: int, data: bytes, note: "Callable[[], None]") -> None:
@@ -2470,11 +2463,11 @@ def _read_at(fd: int, offset: int, size: int) -> bytes:
 
 def _lock_file(fd: int, patience: float = _LOCK_TIMEOUT) -> None:
     """Lock an open file against other processes; BlockingIOError where they hold it for *patience* seconds."""
-    sleeper, deadline, pause = None, 0.0, 0.0  # sleeper: made where it is needed, most times it is not
+    if _try_lock(fd, _FLOCK):  # as most times
+        return
+    sleeper, deadline, pause = threading.Lock(), _CLOCK.now() + patience, 0.0
+    sleeper.acquire()
     while not _try_lock(fd, _FLOCK):
-        if sleeper is None:
-            sleeper, deadline = threading.Lock(), _CLOCK.now() + patience
-            sleeper.acquire()
         if _CLOCK.now() >= deadline:
             waited = max(patience, _SHORT_LOCK_TIMEOUT)  # or somebody else did it, just now
             raise BlockingIOError(errno.EAGAIN, "another process has held its lock for %g s" % waited)
@@ -2535,8 +2528,8 @@ def _open_own(path: str, flags: int, mode: int = 0o600, made: "Optional[Tuple[in
     raise OSError(errno.EPERM, problem)
 
 
-def _open_own_lines(path: str, mode: int) -> int:
-    return _open_lines(path, mode, _open_own)
+def _open_own_lines(path: str) -> int:
+    return _open_lines(path, _open_own, 0o600)
 
 
 class _RejectedLog(_SharedFile):
@@ -2549,7 +2542,7 @@ class _RejectedLog(_SharedFile):
     """
 
     def __init__(self, path: str, roll_size: int = _ROLL_SIZE) -> None:
-        super().__init__(path, 0o600, _open_own_lines)
+        super().__init__(path, _open_own_lines)
         self.roll_size = roll_size
         self._coming = 0  # bytes that are about to be appended
         self.missing = 0  # records that are in none of the files,
@@ -2558,16 +2551,11 @@ class _RejectedLog(_SharedFile):
 
     def add(self, lines: "List[Tuple[Any, str]]", are_damaged: bool) -> None:
         """Append *lines*, each with a reason. Raises no OSError."""
-        entries: "List[bytes]" = []
-        size = 0
-        for line, reason in lines:
-            entry = self._entry(line, reason, are_damaged)
-            if entries and size + len(entry) > min(self.roll_size, _CHUNK):
-                self._write(entries)
-                entries, size = [], 0
-            entries.append(entry)
-            size += len(entry)
-        self._write(entries)
+        try:
+            for line, reason in lines:
+                self._write(self._entry(line, reason, are_damaged))
+        finally:
+            self.close()
 
     def warn(self, at_once: bool = False) -> None:
         """Tell of records that are in none of the files, once a minute. Not for under a lock."""
@@ -2584,25 +2572,22 @@ class _RejectedLog(_SharedFile):
         shown = {"record": line.text[:_SHOWN].decode("utf-8", "replace"), "length": line.length}
         return place + b", " + json.dumps(shown)[1:].encode("ascii") + b"\n"
 
-    def _write(self, entries: "List[bytes]") -> None:
-        data, why = b"".join(entries), "it holds no more than %d bytes" % self.roll_size
-        self._coming = len(data)
+    def _write(self, entry: bytes) -> None:
+        self._coming, why = len(entry), "it holds no more than %d bytes" % self.roll_size
         try:
-            if len(data) <= self.roll_size:
-                self.append(data, lambda: None)
+            if len(entry) <= self.roll_size:
+                self.append(entry, lambda: None)
                 return
         except OSError as error:
             why = "it cannot be written: %s" % error
-        finally:
-            self.close()
-        self._lose(len(entries), why)
+        self._lose(1, why)
 
     def _lose(self, number: int, why: str) -> None:
         self.missing += number
         self._lost[why] = self._lost.get(why, 0) + number
 
-    def _lock(self, patience: float, attempts: int = 100) -> int:
-        size = super()._lock(patience, attempts)
+    def _lock(self, patience: float) -> int:
+        size = super()._lock(patience)
         if not size or size + self._coming <= self.roll_size:
             return size
         # Full: it moves on, the oldest first, under its lock. Who waits for that sees another file at the path then.
@@ -2616,17 +2601,16 @@ class _RejectedLog(_SharedFile):
             pass
         os.replace(self.path, older)
         self.close()
-        return super()._lock(patience, attempts)
+        return super()._lock(patience)
 
 
 def _count_lines(path: str) -> int:
     """Return how many lines a file of ours has; 0 where there is none."""
     try:
-        fd = _open_own(path, os.O_RDONLY)
+        with io.open(path, "rb", opener=_open_own) as file:
+            return sum(1 for _ in file)
     except FileNotFoundError:
         return 0
-    with io.open(fd, "rb", buffering=0) as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK), b""))
 
 
 # Lines of files. A line queue takes lines from files, in order, and settles them in any order. The spool (files that we
@@ -2675,38 +2659,34 @@ class _Reader:
     def __init__(
         self, open_at: "Callable[[int], Callable[[int], bytes]]", can_reopen: bool, start: "Tuple[int, int, float]"
     ) -> None:
-        self.offset, self.number, self._end = start  # all before offset is handed out, or blank; where to stop
+        self.offset, self.number, end = start  # all before offset is handed out, or blank
         self._open_at = open_at
         self.is_at_end = False
         self._most_kept = _MAX_TAKEN if can_reopen else _MAX_LINE
-        self._read = open_at(self.offset)
         self._kept = bytearray()  # of a line whose end is not read yet,
         self._length = 0  # and how many bytes it has so far
         self.found: "Any" = None  # the line that was looked at and is not taken yet
-        self.lines = self._cut()
+        self.lines = self._cut(open_at(self.offset), end)
 
-    def _cut(self) -> "Iterator[Any]":
-        """Yield (text, number, start, end, length) of each line; None after a chunk without any: that may take a while.
+    def _cut(self, read: "Callable[[int], bytes]", end: float) -> "Iterator[Any]":
+        """Yield (text, number, start, end, length) of each line, and None after each chunk: many may be without any.
 
         Only the last text may lack its newline.
         """
         place, chunk = self.offset, b"-"
         while chunk:
-            chunk = self._read(int(min(_CHUNK, self._end - place)))
+            chunk = read(int(min(_CHUNK, end - place)))
             # CRLF is one end of a line: cut in two it would be two.
-            if chunk[-1:] == b"\r" and place + len(chunk) < self._end:
-                chunk += self._read(1)
+            if chunk[-1:] == b"\r" and place + len(chunk) < end:
+                chunk += read(1)
             place += len(chunk)
-            is_barren = bool(chunk)
             for part in self._parts(chunk):
                 # Nearly all lines lie within a chunk. The others are put together, as far as they may be records.
                 whole = self._length == 0 and part[-1:] in b"\r\n"
                 line = self._line(part, len(part)) if whole else self._lengthen(part)
                 if line is not None:
-                    is_barren = False
                     yield line
-            if is_barren and not 0 < self._length <= _MAX_LINE:
-                yield None
+            yield None
         if self._length:
             yield self._end_line()
         self.is_at_end = True
@@ -2768,8 +2748,7 @@ class _Source:
         self.name = name
         self.offset, self.number, holes = position  # where the last settled line ends, and how many end there
         # What is to be read, in order: where a range begins, how many lines come before it, where it ends.
-        self.ranges: "List[Tuple[int, int, float]]" = [(start, number, end) for start, number, end in holes]
-        self.ranges.append((self.offset, self.number, float("inf")))
+        self.ranges: "List[Tuple[int, int, float]]" = [*map(tuple, holes), (self.offset, self.number, float("inf"))]
         self.flight: "collections.OrderedDict[int, _Line]" = collections.OrderedDict()  # by where they begin, in order
         self.is_read = False  # to its end, as far as that was there
         self._reader: "Optional[_Reader]" = None  # of the first range
@@ -2788,22 +2767,21 @@ class _Source:
         It has more than *room* bytes, and is not the first of all; or it was not found in a while, or the file is at
         its end (`is_read`).
         """
-        reader = self._look() if len(taken) < most else None
-        while reader is not None:
-            text, number, start, end, length = reader.found
-            if len(text) > room and taken:
+        while len(taken) < most:
+            reader = self._look()
+            if reader is None or taken and len(reader.found[0]) > room:
                 return
+            text, number, start, end, length = reader.found
             line = _Line(text, self.name, number, start, end, length, self)
             taken.append(line)  # first, lest an exception comes when it is in flight and nobody has it
             self.flight[start] = line
             self.ranges[0], reader.found = (end, number, self.ranges[0][2]), None
             room -= len(text)
-            reader = self._look() if len(taken) < most else None
 
     def put_back(self, line: "_Line") -> None:
         """Have *line*, the last one taken, come again."""
-        self.flight.pop(line.start, None)
         self.ranges[0], self._reader = (line.start, line.number - 1, self.ranges[0][2]), None
+        self.flight.pop(line.start, None)  # last: what is neither in flight nor to be read seems settled
 
     def settle(self, line: "_Line") -> None:
         del self.flight[line.start]
@@ -2865,15 +2843,13 @@ class _LineQueue:
         raise NotImplementedError
 
     def _count(self, lines: "List[Any]") -> None:
-        """Count *lines*, which are being taken, in the ledger, if they are not yet."""
-        raise NotImplementedError
+        """Count *lines*, which are being taken, in the ledger."""
+        self.ledger.add({"accepted": len(lines), "pending": len(lines)})
 
-    def _note(self, sources: "List[_Source]") -> None:
-        """Note durably how far *sources* are settled. What raises here stays settled."""
-        raise NotImplementedError
-
-    def _advance(self) -> None:
-        """Called when lines are settled and counted."""
+    def _settle(self, lines: "List[Any]") -> None:
+        """Settle *lines* and note it durably. What raises in the note stays settled."""
+        for line in lines:
+            line.source.settle(line)
 
     def _unreadable(self, source: "_Source", error: Exception) -> None:
         """*source* cannot be read: see to it that _source() returns it no more, for now at least."""
@@ -2904,7 +2880,6 @@ class _LineQueue:
         for line, reason in damaged:
             text = line.text[:_SHOWN].decode("utf-8", "replace")
             self.ledger.settle(1, AnalysysPythonSdkIllegalDataException(reason, [text]))
-        self._advance()
 
     def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         with self._reading:
@@ -2916,39 +2891,31 @@ class _LineQueue:
                 self._settle(items)
             finally:
                 self.ledger.settle(len(items), error)
-                self._advance()
         self._rejected.warn()
 
     def _take(self, most: int, taken: "List[Any]") -> "List[Tuple[_Line, str]]":
         """Move lines in flight, append them to *taken* and return the damaged ones, each with the reason."""
         damaged: "List[Tuple[_Line, str]]" = []
-        room, source, problem = float(_MAX_TAKEN), self._source(), None
-        while source is not None and len(taken) < most and room > 0:
-            known = len(taken)
+        room, is_barren = float(_MAX_TAKEN), False
+        while len(taken) < most and room > 0 and not is_barren:
+            known, source = len(taken), self._source()
+            if source is None:
+                break
             try:
                 source.take(taken, min(most, known + _TOGETHER), room)
+                is_barren = len(taken) == known and not source.is_read
             except Exception as error:  # gzip has many
-                problem = error
+                self._unreadable(source, error)
             lines = taken[known:]
             room -= sum(len(line.text) for line in lines)
             for line, what in zip(lines, _damages(lines)):
                 if what is not None:
                     damaged.append((line, "line %d of %s is %s" % (line.number, _printable(line.file), what)))
                     room -= 32 * min(len(line.text), _SHOWN) + _SOURCE_COST  # telling costs time and memory
-            if problem is not None:
-                self._unreadable(source, problem)
-            elif lines:
-                continue
-            elif not source.is_read:
-                break
-            problem, room = None, room - _SOURCE_COST
-            source = self._source()
+            if not lines:
+                room -= _SOURCE_COST
         return damaged
 
-    def _settle(self, lines: "List[Any]") -> None:
-        for line in lines:
-            line.source.settle(line)
-        self._note(list({id(line.source): line.source for line in lines}.values()))
 
 
 # The spool. The files of one process are an *owner*'s: NAME.lock, which it keeps locked while it lives and which says
@@ -3017,16 +2984,13 @@ class _SpoolFile(_Source):
 
     def __init__(self, path: str, owner: "_Owner", end: float, position: "Any" = (0, 0, ())) -> None:
         super().__init__(os.path.basename(path), position)
+        self.path = path
         self.owner = owner
+        self.is_aside = False  # whether it can be read no more, or not be removed: it stays where it is
         self.end = end  # how far it is written, if we write it,
         self.fd = -1  # with which descriptor, while it is the last one,
         self.made: "Optional[Tuple[int, int]]" = None  # and which file that is
-        self.written = 0  # own records in it,
-        self.before: "Optional[int]" = None  # and in those before it, once no call can be inside one of these
-
-    @property
-    def path(self) -> str:
-        return os.path.join(os.path.dirname(self.owner.base), self.name)
+        self.before = float("inf")  # own records in the files before it, once there is one in it
 
     def open(self, offset: int) -> "Callable[[int], bytes]":
         def read(size: int) -> bytes:  # a descriptor that is kept would be a forked child's, too
@@ -3045,10 +3009,11 @@ class _SpoolFile(_Source):
         return self.end == float("inf")  # else a line that is not noted yet, by a call inside which another one came
 
     def has_more(self) -> bool:
-        return self.ranges[0][0] < self.end if self.end < float("inf") else not self.is_read
+        is_read = self.ranges[0][0] >= self.end if self.end < float("inf") else self.is_read
+        return not is_read and not self.is_aside
 
     def is_done(self) -> bool:
-        return not self.has_more() and not self.flight
+        return not self.has_more() and not self.flight and not self.is_aside and self.fd < 0
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -3059,8 +3024,8 @@ class _SpoolFile(_Source):
         end = self.end  # first: it grows while we look
         try:
             found = os.lstat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
+        except OSError as error:
+            return isinstance(error, (FileNotFoundError, NotADirectoryError))  # else nobody knows, as yet
         return _inode(found) != self.made or found.st_size < end
 
 
@@ -3069,11 +3034,11 @@ class _Owner:
 
     def __init__(self, directory: str, name: str) -> None:
         self.name = name
-        self.files: "List[_SpoolFile]" = []  # that are not wholly settled, the oldest first
-        self.aside: "List[_SpoolFile]" = []  # that cannot be read: they stay where they are, with the lock
+        self.files: "List[_SpoolFile]" = []  # that are not removed, the oldest first
         self.base = os.path.join(directory, name)
         self._lock_fd = -1
         self._lock_made: "Optional[Tuple[int, int]]" = None  # which file that is
+        self._is_over = False
 
     def claim(self, flags: int) -> bool:
         """Lock the files, if nobody else has; raise OSError where that cannot be tried."""
@@ -3118,34 +3083,32 @@ class _Owner:
         return 0, 0, ()
 
     def note(self) -> None:
-        """Remove the files that are done with, then note how far the others are settled."""
+        """Remove the files that are done with, then note how far the others are settled. Void after end()."""
+        if self._is_over:
+            return
         # In this order: killed in between, we leave a note about a file that is gone, which does no harm. The other way
         # round it would be a file about which there is no note, and all of it would come again.
         stuck = None
-        for file in filter(self.is_done, self.files[:]):
-            self.files.remove(file)
+        for file in filter(_SpoolFile.is_done, self.files[:]):
             try:
                 os.unlink(file.path)
             except FileNotFoundError:
                 pass
             except OSError as error:  # it stays, and that it is done with
-                stuck = error
-                self.aside.append(file)
-        files = self.files + self.aside
-        kept = json.dumps({file.name: file.position() for file in files if file.offset or file.ranges[0][0]})
+                stuck, file.is_aside = error, True
+                continue
+            self.files.remove(file)
+        kept = json.dumps({file.name: file.position() for file in self.files if file.offset or file.ranges[0][0]})
         os.lseek(self._lock_fd, 0, os.SEEK_SET)
         if os.write(self._lock_fd, kept.encode("ascii") + b"\n") <= len(kept):
             raise OSError(errno.ENOSPC, "there is no room")
         if stuck is not None:
             raise stuck
 
-    def is_done(self, file: "_SpoolFile") -> bool:
-        return file.is_done()
-
     def keep_lock(self) -> None:
         """Make the lock file anew where somebody removed it."""
         try:
-            if self._lock_fd < 0 or os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
+            if os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
                 return
         except FileNotFoundError:
             os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)
@@ -3154,13 +3117,15 @@ class _Owner:
 
     def end(self) -> None:
         """Let go of what is left; whoever finds it may claim it. Where nothing is, leave no trace."""
-        if self._lock_fd >= 0 and not self.files and not self.aside:
+        if not self._is_over and not self.files:
             _unlink(self.base + ".lock")
+        self._is_over = True
         self.disown()
 
     def disown(self) -> None:
-        fd, self._lock_fd = self._lock_fd, -1
-        _close_kept(fd, self._lock_made)
+        # In this order: a descriptor that an exception out of a signal handler had us forget would keep the lock.
+        _close_kept(self._lock_fd, self._lock_made)
+        self._lock_fd = -1
 
 
 class _Writer(_Owner):
@@ -3169,23 +3134,18 @@ class _Writer(_Owner):
     A call may come inside another one of the same thread, at any line (a ``__del__``, a signal handler), or end there
     in an exception, or both. So nobody undoes more than a write of his own that failed, and where an exception came out
     of the outermost call, it counts the lines of the file anew: those of inner calls are accepted. The one count that
-    there is, the file's, is changed in one step.
+    there is of what was written is changed in one step.
     """
 
     def __init__(self, directory: str, max_bytes: int) -> None:
         suffix = binascii.hexlify(os.urandom(4)).decode()
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
         self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
-        self._made: "List[_SpoolFile]" = []  # the last ones, from the latest on whose `before` is known
+        self.written = 0  # records: the one count of them
         self.room = _Room(directory, self.name, max_bytes)
         self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
         self._numbers = itertools.count(1)  # of files; a step that no other call comes into
-
-    @property
-    def written(self) -> int:
-        """How many records were written."""
-        return _count_written(self._made[:])
 
     def append(self, lines: bytes) -> bool:
         """Hand *lines* to the operating system, all or none; return False where there is no room. Under `writing`."""
@@ -3198,14 +3158,15 @@ class _Writer(_Owner):
             size = self.files[-1].end if self.files and self.files[-1].fd >= 0 else -1
             # An inner call leaves the file to the outer one, whose lines its end lacks: it would be done without them.
             if size < 0 or size and size + len(lines) > self.room.roll_size and not is_inner:
-                if not self.room.is_left(sum(int(file.end) for file in self.files[:] if not file.is_done())):
+                unsettled = [file for file in self.files[:] if file.has_more() or file.flight]
+                if not self.room.is_left(sum(int(file.end) for file in unsettled)):
                     return False
-                if not is_inner:
-                    self._close_count()
                 self._roll()
             file = self.files[-1]
+            if not file.end:
+                file.before = min(self.written, file.before)  # a call that came inside has noted the lower one
             _write_all(file.fd, lines)
-            file.written += lines.count(b"\n")
+            self.written += lines.count(b"\n")
             file.end += len(lines)  # last: from here on they are taken
             return True
         except BaseException:
@@ -3223,11 +3184,32 @@ class _Writer(_Owner):
         """Return where the next record goes, for a message."""
         return self.files[-1].path if self.files else self.base + ".*.log"
 
-    def is_done(self, file: "_SpoolFile") -> bool:
-        return file.is_done() and file.fd < 0
+    def unread(self) -> "Optional[_SpoolFile]":
+        """Return the oldest file in which there are records that are not taken."""
+        for file in self.files[:]:
+            if file.ranges[0][0] < file.end:  # as has_more() says: each put() comes here
+                return file
+        return None
 
-    def drop(self, file: "_SpoolFile") -> "List[bytes]":
-        """Forget a file that is gone; return those of its lines that were not taken and still can be read."""
+    def taken(self) -> int:
+        """Return how many records, from the oldest on, are taken or lost."""
+        written = self.written  # first: it grows
+        file = self.unread()
+        return written if file is None else int(file.before) + file.ranges[0][1]
+
+    def settled(self) -> int:
+        """Return how many records, from the oldest on, are settled; never too many, at any moment."""
+        taken = self.taken()  # first: what is taken meanwhile is in flight
+        try:
+            for file in self.files[:]:
+                for oldest in file.flight.values():
+                    return int(file.before + oldest.number) - 1
+        except RuntimeError:  # it was changed by another thread
+            return self.settled()
+        return taken
+
+    def give_up(self, file: "_SpoolFile") -> "Tuple[int, List[bytes]]":
+        """Write no more to a file that is gone; return how many of its records are not taken, and what can be read."""
         with self.writing:  # it may be the one that is written: the next put() makes another one
             start, left = file.ranges[0][0], b""
             try:
@@ -3235,67 +3217,41 @@ class _Writer(_Owner):
             except OSError:  # it was closed, or its disk is gone
                 pass
             file.close()
-            self.files.remove(file)
             _unlink(file.path)  # what is left of it, where it was emptied
-        return left.splitlines(True)
+            behind = self.files[self.files.index(file) + 1 :]
+            end = min([self.written] + [other.before for other in behind])
+        return int(end - file.before) - file.ranges[0][1] if file.has_more() else 0, left.splitlines(True)
 
     def close(self) -> None:
-        """Write no more."""
-        with self.writing:
-            for file in self.files:
-                file.close()
-
-    def disown(self) -> None:
+        """Write no more. Under `writing`, but in a forked child."""
         for file in self.files:
             file.close()
+
+    def disown(self) -> None:
+        self.close()
         super().disown()
 
     def _mend(self) -> None:
         """Count the lines that calls left which ended in an exception, and cut off a part of one."""
-        size = self._size()
-        if size >= 0:
-            file = self.files[-1]
-            lines = _read_at(file.fd, 0, size)
+        file = self.files[-1] if self.files else None
+        if file is not None and file.fd >= 0:
+            end = int(file.end)  # first: another call may come in between
+            lines = _read_at(file.fd, 0, os.fstat(file.fd).st_size)
             whole = lines.rfind(b"\n") + 1
-            os.ftruncate(file.fd, whole)
-            file.written = lines.count(b"\n")
-            file.end = whole
+            if len(lines) >= end and lines:  # else somebody has cut it
+                os.ftruncate(file.fd, whole)
+                self.written = int(file.before) + lines.count(b"\n")
+                file.end = whole
         self._is_torn = False
-
-    def _close_count(self) -> None:
-        """Note in the last file how many records come before it, lest `written` takes longer with each file."""
-        made = self._made[:]
-        if len(made) > 1:
-            made[-1].before = _count_written(made[:-1])
-            del self._made[: len(made) - 1]  # an inner call only appends
-
-    def _size(self) -> int:
-        """Return the size of the file that is written; -1 where there is none, or somebody has cut it."""
-        if not self.files or self.files[-1].fd < 0:
-            return -1
-        end = int(self.files[-1].end)  # first: another call may come in between
-        size = os.fstat(self.files[-1].fd).st_size
-        return size if size >= end else -1
 
     def _roll(self) -> None:
         file = _SpoolFile("%s.%06d.log" % (self.base, next(self._numbers)), self, 0)
-        file.fd = _open_own_lines(file.path, 0o600)
+        file.fd = _open_own_lines(file.path)
         file.made = _inode(os.fstat(file.fd))
         _hold(file.fd, 0.0)  # until it is closed: see the head of this section
-        self._made.append(file)  # first: what is in it is counted from the beginning
         self.files.append(file)
         for other in self.files[:-1]:
             other.close()
-
-
-def _count_written(files: "List[_SpoolFile]") -> int:
-    """Return how many records are in *files*, the latest ones of a writer, and in all before them."""
-    written = 0
-    for file in reversed(files):
-        written += file.written
-        if file.before is not None:
-            return written + file.before
-    return written
 
 
 def _unlink(path: str) -> None:
@@ -3364,12 +3320,11 @@ class _Leftovers:
         self._found: "Deque[Tuple[str, List[str]]]" = collections.deque()  # owners to try, and names of their files
         self._aside: "Set[str]" = set()  # names of owners whose files cannot be had
 
-    def look(self) -> bool:
-        """Adopt what is there, if it is time to; return whether anything was."""
+    def look(self) -> None:
+        """Adopt what is there, if it is time to."""
         if _CLOCK.now() < self.look_at or len(self.adopted) >= _MOST_ADOPTED:
-            return False
+            return
         self.look_at = _CLOCK.now() + _LOOK_EVERY
-        number = len(self.adopted)
         try:
             if not self._found:
                 self._list()
@@ -3377,19 +3332,16 @@ class _Leftovers:
                 _alone(self._directory, self._adopt)
         except OSError:  # no descriptor is free, say
             pass
-        return len(self.adopted) > number
 
-    def set_aside(self, name: str, path: str, error: object) -> None:
-        self._aside.add(name)
+    def set_aside(self, owner: "_Owner", path: str, error: object) -> None:
+        self._aside.add(owner.name)
         _log("warning", "%s is set aside, it cannot be delivered: %s", _printable(path), error)
 
     def _list(self) -> None:
         owners: "Dict[str, List[str]]" = {}
         for name in os.listdir(self._directory):
-            if re.fullmatch(_SPOOL_FILE, name):
+            if re.fullmatch(_SPOOL_FILE + "|" + _SPOOL_LOCK, name):
                 owners.setdefault(name.partition(".")[0], []).append(name)
-            elif re.fullmatch(_SPOOL_LOCK, name):
-                owners.setdefault(name.partition(".")[0], [])
         self._aside.intersection_update(owners)
         not_for_us = self._aside.union([self._own_name], (owner.name for owner in self.adopted))
         found = [item for item in owners.items() if item[0] not in not_for_us]
@@ -3401,8 +3353,8 @@ class _Leftovers:
             if len(self.adopted) >= _MOST_ADOPTED:
                 self.look_at = 0.0  # as soon as these are done
                 break
-            name, files = self._found.popleft()
-            files.sort(key=lambda file: int(file.split(".")[-2]))
+            name, names = self._found.popleft()
+            files = sorted((file for file in names if file.endswith(".log")), key=lambda file: int(file.split(".")[-2]))
             owner = _Owner(self._directory, name)
             try:
                 if self._claim(owner, files, held):
@@ -3414,12 +3366,12 @@ class _Leftovers:
                 if error.errno in _NO_DESCRIPTORS:
                     self._give_back()
                     break
-                self.set_aside(name, os.path.join(self._directory, name), error)
+                self.set_aside(owner, owner.base, error)
 
     def _claim(self, owner: "_Owner", files: "List[str]", held: "Set[Tuple[int, int]]") -> bool:
         """Claim what nobody has: not this process either, and where there is no lock file, nobody who writes."""
         try:
-            return _inode(os.lstat(os.path.join(self._directory, owner.name + ".lock"))) not in held and owner.claim(0)
+            return _inode(os.lstat(owner.base + ".lock")) not in held and owner.claim(0)
         except FileNotFoundError:
             if not files:
                 raise
@@ -3433,59 +3385,24 @@ class _Leftovers:
         """No descriptor is free: leave the program some of ours."""
         self._found.clear()
         for owner in self.adopted[len(self.adopted) // 2 :]:
-            if not any(file.offset or file.flight for file in owner.files + owner.aside):
+            if not any(file.offset or file.flight for file in owner.files):
                 self.adopted.remove(owner)
                 owner.disown()
         if self.adopted:
             self.look_at = 0.0  # as soon as these are done
 
 
-class _Tally:
-    """How far this process's own records are taken and settled, counted from the oldest: what flush() waits for."""
-
-    def __init__(self, due_size: int, interval: float) -> None:
-        self.taken = self.settled = 0
-        self.since = 0.0  # when the oldest record came that waits, or before
-        self._due_size = due_size
-        self._interval = interval
-        self._order: "Deque[Any]" = collections.deque()  # lines that were taken, and numbers of lines that are lost
-
-    def take(self, lines: "List[Any]") -> None:
-        self._order.extend(lines)
-        self.taken += len(lines)
-
-    def lose(self, number: int) -> None:
-        self._order.append(number)
-        self.taken += number
-
-    def advance(self) -> None:
-        """Look anew for the oldest line that is in flight: all before it are settled."""
-        while self._order:  # each is looked at once when it goes, and the oldest at each call
-            first = self._order[0]
-            is_line = isinstance(first, tuple)
-            if is_line and first.start in first.source.flight:
-                break
-            self._order.popleft()
-            self.settled += 1 if is_line else first
-
-    def due_at(self, written: int) -> float:
-        waiting = written - self.taken
-        if self._order or waiting >= self._due_size:
-            return 0.0
-        return self.since + self._interval if waiting > 0 else float("inf")
-
-
 class _Spool(_LineQueue):
     """A queue on disk: what this process wrote, after what ended ones left."""
 
     def __init__(self, directory: str, max_bytes: int, due_size: int, interval: float) -> None:
-        self._own = _Writer(directory, max_bytes)
-        path = os.path.join(directory, "rejected.log")
-        own, self._tally = self._own, _Tally(due_size, interval)
-        tally = self._tally
-        ledger = _Ledger("adopted", held=lambda: _held(own.written - tally.taken))  # not of self: that would be a cycle
-        super().__init__(ledger, _RejectedLog(path, own.room.rejected_size))
+        self._own = own = _Writer(directory, max_bytes)
+        ledger = _Ledger("adopted", held=lambda: _held(own.written))  # not of self: that would be a cycle
+        super().__init__(ledger, _RejectedLog(os.path.join(directory, "rejected.log"), own.room.rejected_size))
         self._leftovers = _Leftovers(directory, own.name)
+        self._due_size = due_size
+        self._interval = interval  # seconds
+        self._since = 0.0  # when the oldest record came that waits, or before
         self._notice_at = 0.0  # when to look again at our files and for others'
         self._warn_at = 0.0  # when to warn again of a disk that fails us
         self._echoes: "Set[bytes]" = set()  # lines that on_error tracked
@@ -3508,9 +3425,9 @@ class _Spool(_LineQueue):
                     return 0
             except OSError as error:
                 raise _unwritable(own.path(), error, [line]) from error
-            waiting = own.written - self._tally.taken
+            waiting = own.written - own.taken()
             if waiting <= 1:
-                self._tally.since = _CLOCK.now()
+                self._since = _CLOCK.now()
             return max(1, waiting)
 
     def take_back(self, line: bytes) -> bool:
@@ -3519,7 +3436,7 @@ class _Spool(_LineQueue):
     def take(self, most: int) -> "List[Item]":
         items: "List[Any]" = super().take(most)
         if not items:
-            self._tally.since = _CLOCK.now()  # nothing could be had: do not come back at once
+            self._since = _CLOCK.now()  # nothing could be had: do not come back at once
         for place, item in enumerate(items) if self._echoes else ():
             if item.text in self._echoes:
                 self._echoes.discard(item.text)
@@ -3532,22 +3449,27 @@ class _Spool(_LineQueue):
         if now >= self._notice_at:
             self._notice_at = now + _NOTICE_EVERY
             self._notice()
-        return 0.0 if self._leftovers.adopted else self._tally.due_at(self._own.written)
+        waiting = self._own.written - self._own.taken()
+        if self._leftovers.adopted or waiting >= self._due_size or self._own.settled() < self._own.taken():
+            return 0.0
+        return self._since + self._interval if waiting > 0 else float("inf")
 
     def mark(self) -> "Tuple[int, int]":
-        settled = self._tally.settled  # first, so that it is never more than what was written
+        settled = self._own.settled()  # first, so that it is never more than what was written
         return self._own.written, settled
 
     def close(self) -> "List[bytes]":
         with self._reading:
             if not self._closed:
-                self._notice(True)
-                with self._own.writing:
-                    self._closed = True
+                for file in filter(_SpoolFile.is_gone, self._own.files[:]):
+                    self._lose(file)
+                    self._refuse_flight(file)
+            with self._own.writing:
+                self._closed = True
                 self._own.close()
-                self._note_owner(self._own)
-                for owner in self._leftovers.adopted + [self._own]:
-                    owner.end()
+            self._note(self._own)
+            for owner in self._leftovers.adopted + [self._own]:
+                owner.end()
         self._rejected.warn(True)
         return []
 
@@ -3559,13 +3481,13 @@ class _Spool(_LineQueue):
 
     def _source(self) -> "Optional[_Source]":
         source = self._leftover()  # what ended processes left comes before our own: it is older
-        if source is None and self._leftovers.look():
+        if source is None:
+            self._leftovers.look()
             source = self._leftover()
-        for file in self._own.files[:] if source is None else ():
-            if file.has_more() and not file.is_gone():
-                return file
-            if file.has_more():
-                self._lose(file)
+        if source is None:
+            source = self._own.unread()
+            if source is not None and source.is_gone():  # what comes after it waits until it is lost
+                self._notice_at, source = 0.0, None
         return source
 
     def _leftover(self) -> "Optional[_SpoolFile]":
@@ -3573,25 +3495,23 @@ class _Spool(_LineQueue):
             for file in owner.files:
                 if file.has_more():
                     return file
-            if any(map(owner.is_done, owner.files)):
-                self._note_owner(owner)
-            if not owner.files and not any(file.flight for file in owner.aside):
+            if any(map(_SpoolFile.is_done, owner.files)):
+                self._note(owner)
+            if not [file for file in owner.files if file.flight]:
                 self._leftovers.adopted.remove(owner)
                 owner.end()
         return None
 
     def _count(self, lines: "List[Any]") -> None:
-        own = [line for line in lines if line.source.owner is self._own]
-        change = {"accepted": len(own), "adopted": len(lines) - len(own), "pending": len(lines)}
-        with self.ledger.lock:  # the tally's are no longer held
-            self._tally.take(own)
-            self.ledger.add(change)
+        adopted = sum(line.source.owner is not self._own for line in lines)  # own ones count when they are written
+        self.ledger.add({"adopted": adopted, "pending": adopted})
 
-    def _note(self, sources: "List[Any]") -> None:
-        for owner in {id(file.owner): file.owner for file in sources}.values():
-            self._note_owner(owner)
+    def _settle(self, lines: "List[Any]") -> None:
+        super()._settle(lines)
+        for owner in {line.source.owner for line in lines}:
+            self._note(owner)
 
-    def _note_owner(self, owner: "_Owner") -> None:
+    def _note(self, owner: "_Owner") -> None:
         try:
             owner.note()
         except OSError as error:
@@ -3603,57 +3523,45 @@ class _Spool(_LineQueue):
             self._warn_at = _CLOCK.now() + _WARN_EVERY
             _log("warning", message, *values)
 
-    def _advance(self) -> None:
-        self._tally.advance()
-
     def _unreadable(self, source: "Any", error: Exception) -> None:
         is_own = source.owner is self._own
         if getattr(error, "errno", None) in _NO_DESCRIPTORS or is_own and not source.is_gone():
             raise error  # another time
-        if is_own:
-            self._lose(source)
-            return
-        source.owner.files.remove(source)
-        source.owner.aside.append(source)
-        self._leftovers.set_aside(source.owner.name, source.path, error)
+        if not is_own:  # else it will be lost, see _source()
+            source.is_aside = True
+            self._leftovers.set_aside(source.owner, source.path, error)
 
-    def _notice(self, at_the_end: bool = False) -> None:
+    def _notice(self) -> None:
         """See whether somebody removed our files, and look for others', unless lines are being taken just now."""
         if not self._reading.acquire(False):
             return
         try:
             if not self._closed:
-                self._lose_what_is_gone(at_the_end)
-                for owner in [] if at_the_end else [self._own] + self._leftovers.adopted:
+                for file in filter(_SpoolFile.is_gone, self._own.files[:]):
+                    self._lose(file)
+                for owner in [self._own] + self._leftovers.adopted:
                     owner.keep_lock()
-                if not at_the_end:
-                    self._leftovers.look()
+                self._leftovers.look()
         except OSError as error:
             self._warn("cannot look after the spool of %s.lock: %s", self._own.name, error)
         finally:
             self._reading.release()
 
-    def _lose_what_is_gone(self, at_the_end: bool) -> None:
-        for file in [file for file in self._own.files if file.is_gone()]:
-            self._lose(file)
-            if at_the_end and file.flight:  # else the server may have them yet
-                reason = "%s was removed by somebody" % _printable(file.path)
-                lines: "List[Any]" = list(file.flight.values())
-                records = _records([line.text for line in lines])
-                self.settle(lines, AnalysysPythonSdkIllegalDataException(reason, records))
+    def _refuse_flight(self, file: "_SpoolFile") -> None:
+        """Count as rejected what is in flight of a file that is gone, since the server can have it no more."""
+        lines: "List[Any]" = list(file.flight.values())
+        if lines:
+            reason = "%s was removed by somebody" % _printable(file.path)
+            self.settle(lines, AnalysysPythonSdkIllegalDataException(reason, _records([line.text for line in lines])))
 
     def _lose(self, file: "_SpoolFile") -> None:
         """Count as rejected what was in an own file that is gone, but for what is in flight."""
-        left = self._own.drop(file)
-        lost = file.written - file.ranges[0][1]
+        lost, left = self._own.give_up(file)
         if lost > 0:
             reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
             error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
-            with self.ledger.lock:
-                self._tally.lose(lost)
-                self.ledger.add({"accepted": lost, "pending": lost})
             self.ledger.settle(lost, error)
-            self._tally.advance()
+        file.end = file.ranges[0][0]  # last: nothing more is to be had of it
 
 
 def _check_directory(path: str) -> None:
@@ -4479,7 +4387,7 @@ class _LogFile:
         self._batch = batch
         self._buffer: "List[bytes]" = []  # lines accepted and not yet written; its steps are atomic
         self._since = self._until = 0.0  # the quarter of an hour for which _file is known: time zones differ by no less
-        self._file = _SharedFile("", 0o640, _open_lines)
+        self._file = _SharedFile("", _open_lines)
         self._written = 0  # lines that never waited
         self.closed = False
 
@@ -4599,7 +4507,7 @@ class _LogFile:
         path = os.path.join(self._directory, time.strftime(self._pattern, time.localtime(now)))
         if self._file.path != path:
             self.disown()
-            self._file = _SharedFile(path, 0o640, _open_lines)
+            self._file = _SharedFile(path, _open_lines)
         self._since = now // 900 * 900
         self._until = self._since + 900
 
@@ -7108,7 +7016,7 @@ class _Journal:
 
     def open(self) -> bytes:
         """Keep other processes away, and return what is there."""
-        self._lock_fd = _open_own_lines(self.path + ".lock", 0o600)
+        self._lock_fd = _open_own_lines(self.path + ".lock")
         if not _try_lock(self._lock_fd, _LOCKF):
             raise AnalysysPythonSdkFileException("another upload is at work: it holds %s.lock" % self.path)
         if not os.path.lexists(self.path):
@@ -7548,11 +7456,9 @@ class _Shipment(_LineQueue):
         log.text.is_paused = bool(self._inhand) and _damage(text) is not None
         return not log.text.is_paused
 
-    def _count(self, lines: "List[Any]") -> None:
-        self.ledger.add({"accepted": len(lines), "pending": len(lines)})
-
-    def _note(self, sources: "List[_Source]") -> None:
-        self.places.note(sources)
+    def _settle(self, lines: "List[Any]") -> None:
+        super()._settle(lines)
+        self.places.note(list({id(line.source): line.source for line in lines}.values()))
 
     def _unreadable(self, source: "_Source", error: Exception) -> None:
         self._log = None

@@ -3108,11 +3108,9 @@ class Queue(analysys._LineQueue):
     def _source(self):
         return next((source for source in self.sources if not source.is_read), None)
 
-    def _count(self, lines):
-        self.ledger.add({"accepted": len(lines), "pending": len(lines)})
-
-    def _note(self, sources):
-        self.notes.append(sources[0].position())
+    def _settle(self, lines):
+        super()._settle(lines)
+        self.notes.append(lines[0].source.position())
 
     def all(self, most=1000):
         items = []
@@ -3697,12 +3695,12 @@ def test_what_a_spool_has_accepted_is_never_told_too_low(tmp_path):
             break
 
 
-def test_what_a_spool_has_written_is_known_from_its_last_two_files_however_many_there_are(tmp_path):
+def test_what_a_spool_has_written_and_settled_is_known_however_many_files_there_are(tmp_path):
     with spool(tmp_path) as (queue, put):
         queue._own.room.roll_size = 1000
         for number in range(40):
             put("e%d" % number, 700 * (number % 2))
-            assert queue.mark() == (number + 1, 0) and len(queue._own._made) <= 2
+            assert queue.mark() == (number + 1, 0)
         assert len(list(tmp_path.glob("*.*.log"))) > 10
         items = queue.take(30)
         queue.settle(items)
@@ -3770,6 +3768,60 @@ def test_a_record_that_is_taken_or_lost_counts_once_at_any_moment(tmp_path, what
             look.join(20)
             balanced(seen[0], accepted=2)
     assert step > 20
+
+
+def test_an_exception_out_of_a_signal_handler_while_a_spool_hands_out_records_loses_none_and_counts_each_once(tmp_path):
+    for step in range(1, 1000):
+        with spool(tmp_path / str(step)) as (queue, put):
+            for xwhat in "abcde":
+                put(xwhat)
+            items = []
+            disturbed(lambda: items.extend(queue.take(3)), step, interrupt)
+            assert queue.mark() == (5, 0)
+            if queue._own.files[0].flight:             # from then on they are the caller's
+                break
+            items += all_of(queue)
+            assert names_of(items) == list("abcde")
+            queue.settle(items)
+            assert queue.mark() == (5, 5)
+            balanced(queue.ledger.stats(), accepted=5, delivered=5, pending=0)
+    assert step > 50
+
+
+@posix_only
+def test_a_spool_whose_close_is_interrupted_lets_go_of_its_files_when_it_is_closed_again(tmp_path):
+    for step in range(1, 400):
+        with spool(tmp_path / str(step)) as (queue, put):
+            put("a")
+            came = disturbed(queue.close, step, interrupt)
+            queue.close()
+            balanced(queue.ledger.stats(), accepted=1, pending=1)
+            with spool(tmp_path / str(step)) as (other, _):
+                assert names_of(all_of(other)) == ["a"], step
+        if not came:
+            break
+    assert step > 20
+
+
+@posix_only
+def test_what_was_in_a_removed_spool_file_is_told_also_where_a_signal_handler_ends_the_look(tmp_path):
+    for step in range(1, 1000):
+        folder = tmp_path / str(step)
+        with spool(folder) as (queue, put):
+            for xwhat in "abcde":
+                put(xwhat)
+            items = queue.take(2)
+            for path in folder.glob("*.0*.log"):
+                path.unlink()
+            came = disturbed(queue._notice, step, interrupt)
+            queue._notice()                            # as a second later
+            assert queue.mark() == (5, 0)
+            queue.settle(items)
+            assert queue.mark() == (5, 5) and queue.ledger.stats()["rejected"] >= 3
+            if not came:
+                balanced(queue.ledger.stats(), accepted=5, delivered=2, rejected=3, pending=0)
+                break
+    assert step > 50
 
 
 def test_what_is_settled_counts_where_an_exception_comes_out_of_the_note_of_it(tmp_path, monkeypatch):
@@ -6031,10 +6083,11 @@ def test_what_another_thread_settles_while_a_queue_is_looked_at_is_no_error():
     assert queue.mark() == (2, 1)
 
 
-def test_wherever_a_small_record_comes_into_the_put_of_a_large_one_no_room_is_lost():
+@table("disturb", [lambda queue: queue.put(b"{}\n"), interrupt])
+def test_wherever_a_small_record_or_an_exception_comes_into_the_put_of_a_large_one_no_room_is_lost(disturb):
     for step in range(1, 40):
         queue = analysys._MemoryQueue(3, 9, 1.0)
-        disturbed(lambda: queue.put(b"x" * 40000), step, lambda: queue.put(b"{}\n"))      # all of it, and a third
+        disturbed(lambda: queue.put(b"x" * 40000), step, functools.partial(disturb, queue))      # all of it, and a third
         queue.settle(queue.take(9))
         assert queue.put(b"x" * 40000)
 
@@ -6822,7 +6875,7 @@ def test_a_log_that_signal_handlers_left_locked_is_written_by_this_thread_and_th
 def test_wherever_a_signal_handler_raises_as_a_failed_write_closes_its_file_nobody_is_kept_from_its_lock(tmp_path):
     for step in range(1, 200):
         path = str(tmp_path / str(step))
-        file, other = (analysys._SharedFile(path, 0o600, analysys._open_lines) for _ in range(2))
+        file, other = (analysys._SharedFile(path, analysys._open_lines) for _ in range(2))
         came = disturbed(lambda: file.append(b"a\n", interrupt), step, interrupt)
         file.append(b"b\n", lambda: None, 0.0)
         other.append(b"c\n", lambda: None, 0.0)
