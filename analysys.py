@@ -3749,10 +3749,6 @@ class _Part:
         """Tell whether it is a record alone, on which the server choked so often that others go first."""
         return len(self.items) == 1 and (self.failures >= _CUT_AFTER or bool(self.overtaken))
 
-    def cut(self, number: int) -> "List[_Part]":
-        """Return it in two parts, the first of *number* items."""
-        return [_Part(items, self.overtaken) for items in (self.items[:number], self.items[number:])]
-
 
 class _Sender:
     """Sends what a queue holds, in order, one request an attempt()."""
@@ -3762,15 +3758,15 @@ class _Sender:
         self.timeout = timeout  # seconds a request
         self.took = 0.0  # seconds of the last one
         self.outage = _Outage()
-        self._transport = transport
+        self.transport = transport
         self._queue = queue
         self._parts: "List[_Part]" = []
         self._next = 0  # which part comes next
         self._probe = 1  # which part is tried next where the first one failed
         self._limit = sys.maxsize  # records a request, learned from 413
 
-    def attempt(self, timeout: "Optional[float]" = None) -> None:
-        """Send one part, if there is any, within *timeout* seconds; settle, cut or keep it."""
+    def attempt(self, deadline: float = float("inf")) -> None:
+        """Send one part, if there is any, in the time until *deadline*; settle, cut or keep it."""
         self.took, part = 0.0, self._turn_to_next()
         if part is None:
             return
@@ -3778,7 +3774,7 @@ class _Sender:
             self._queue.ledger.add({"retries": 1})
         lines = [item[0] for item in part.items]
         began = _CLOCK.now()
-        verdict = _ask(self._transport, self._queue.ledger, lines, self.timeout if timeout is None else timeout)
+        verdict = _ask(self.transport, self._queue.ledger, lines, min(self.timeout, deadline - began))
         self.took = _CLOCK.now() - began
         if verdict.kind == _RETRY:
             self._next = 0
@@ -3791,18 +3787,6 @@ class _Sender:
             self._answered(part, verdict)
             if not was_up:  # a probe may have got through: now in order
                 self._next = 0
-
-    def sweep(self) -> None:
-        """Close connections that are idle for too long, or dead."""
-        self._transport.sweep()
-
-    def close(self) -> None:
-        """Close idle connections; one in use closes when its answer is there."""
-        self._transport.close()
-
-    def disown(self) -> None:
-        """Let go, in a forked child, of the parent's connections."""
-        self._transport.disown()
 
     def _turn_to_next(self) -> "Optional[_Part]":
         """Return the part to send, taking more from the queue where all that is in flight stands aside."""
@@ -3820,9 +3804,9 @@ class _Sender:
         return part
 
     def _cut(self, part: "_Part", number: int) -> "_Part":
-        """Cut *part* in two where it stands, and return the first of them."""
-        at = self._parts.index(part)
-        self._parts[at : at + 1] = part.cut(number)
+        """Cut *part* in two where it stands, and return the first of them, of *number* items."""
+        at, items = self._parts.index(part), part.items
+        self._parts[at : at + 1] = [_Part(half, part.overtaken) for half in (items[:number], items[number:])]
         return self._parts[at]
 
     def _answered(self, part: "_Part", verdict: "_Verdict") -> None:
@@ -4236,7 +4220,7 @@ class _Worker:
             self._end()
 
     def disown(self) -> None:
-        self._sender.disown()
+        self._sender.transport.disown()
         self._queue.disown()
 
     def begin(self, deadline: float = float("inf")) -> bool:
@@ -4343,7 +4327,7 @@ class _Worker:
                 self._hurried = False  # first: who hurries from now on hurries the next step
                 self._goal = self._queue.mark()[0]
             try:
-                self._sender.attempt(min(self._sender.timeout, deadline - _CLOCK.now()))
+                self._sender.attempt(deadline)
             except Exception as error:  # a disk that fails: the thread lives on
                 self._sender.outage.failed("%s: %s" % (type(error).__name__, error))
             self._changed.notify()
@@ -4369,7 +4353,7 @@ class _Worker:
         def is_over() -> bool:
             return self._is_finished() or self._is_due() or self._turn.is_free() and self._due_at() < at
 
-        self._sender.sweep()
+        self._sender.transport.sweep()
         # Not for ever: an exception out of a signal handler may have cut a put() before it woke us, and idle
         # connections grow old.
         nap = _NOTICE_EVERY if self._queue.is_durable else _LOOK_EVERY  # a disk is looked after
@@ -4413,7 +4397,7 @@ class _Worker:
         if self._queue.is_durable:
             self._queue.close()
             self._report()
-        self._sender.close()
+        self._sender.transport.close()
         if self._phase != _ENDED:  # else what is left is not told yet
             _OPEN.discard(self)
 

@@ -2436,7 +2436,7 @@ def test_a_thread_closes_an_idle_connection_and_one_that_died_while_nobody_calls
     monkeypatch.setattr(analysys, "_LOOK_EVERY", 0.05)
     with Server() as server, tracker_to(kind(server.url)) as tracker:
         state = tracker.sink._state()
-        transport = getattr(state, "_sender", state)._transport
+        transport = state._sender.transport if kind is BatchCollecter else state._transport
         for leave in (lambda: clock.advance(61), lambda: server.sockets[-1].shutdown(socket.SHUT_RDWR)):
             track(tracker, "Event")
             tracker.flush()
@@ -6533,7 +6533,7 @@ def test_where_no_thread_runs_a_call_sends_all_that_waits_and_close_closes_the_c
         track(tracker, "g")
         assert server.names == list("abcdefg")
         balanced(collecter, delivered=7, pending=0)
-        connection, = sockets_of(collecter._state()._sender._transport)
+        connection, = sockets_of(collecter._state()._sender.transport)
         collecter.close()
         assert connection.fileno() == -1
 
@@ -7230,7 +7230,7 @@ def test_a_fork_waits_for_a_handshake_that_holds_locks_of_openssl_and_the_other_
                 thread.start()
                 return thread
             def break_off():                           # so that the next request shakes hands
-                collecter._states[os.getpid()]._sender._transport.close()
+                collecter._states[os.getpid()]._sender.transport.close()
 
             tracker.track("u", "in_a_handshake")
             assert inside.acquire(timeout=20)
