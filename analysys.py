@@ -1590,15 +1590,13 @@ class _Transport:
 
         request = urllib.request.Request(self._url, body, self._headers, method=method)
         try:
-            answer: "Optional[_Answer]" = self._opener.open(request, timeout=timeout)
+            return self._opener.open(request, timeout=timeout)  # type: ignore[no-any-return]
         except (ValueError, http.client.InvalidURL) as error:
             is_certificate = type(error).__name__ == "CertificateError"  # what Python 3.6 has for another host's
             if isinstance(error, OSError) or is_certificate or not self.proxy():  # OSError: later ones' is both
                 raise
-            answer = None
-        if answer is None:  # said without the address itself: where it is not understood, credentials are not either
-            raise OSError("what the environment has as proxy for %s is no http://host:port" % self._where.type)
-        return answer
+        # Without the address itself, and that error's words: where it is not understood, credentials are not either.
+        raise OSError("what the environment has as proxy for %s is no http://host:port" % self._where.type)
 
     def where(self) -> str:
         """Return the address posted to and the proxy on the way to it, for messages, without credentials."""
