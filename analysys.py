@@ -3975,7 +3975,7 @@ class _Direct:
     hooks that run later may still track: a subinterpreter that ends with a thread ends the whole process.
     """
 
-    on_error = None
+    on_error: "OnError" = None
 
     def __init__(self, url: str, request_timeout: float, ssl_context: "Any", headers: "Dict[str, str]") -> None:
         self.pid = os.getpid()
@@ -4440,7 +4440,7 @@ class _LogFile:
     own: it leaves its line in the buffer, and that write sees to it at its end. So nothing ever waits for itself.
     """
 
-    on_error = None
+    on_error: "OnError" = None
 
     clock = staticmethod(time.time)  # wall clock; replaceable for tests
 
@@ -4610,13 +4610,12 @@ class _Collecter:
     process this is, is asked at each call: some forks are made behind Python's back (uWSGI, a C library).
     """
 
-    _new_state: "Any" = None  # makes a state of the configuration
-
     def _start(self, config: "Record", closed: bool = False) -> None:
         self._config = config
         self._closed = closed
         self._states: "Dict[int, _State]" = {}
-        _notice_forks(self._states)  # first: what the first state makes ready is what no fork may come into
+        _hook_fork()  # first: what the first state makes ready is what no fork may come into
+        _ALL_STATES[id(self._states)] = self._states
         self._state()
 
     def uploadData(self, record: "Record") -> None:
@@ -4673,6 +4672,10 @@ class _Collecter:
     def __setstate__(self, pickled: "Record") -> None:
         self._start(pickled["config"], pickled["closed"])
 
+    def _new_state(self) -> "_State":
+        """Make what it has in this process, by its configuration."""
+        raise NotImplementedError
+
     def _state(self) -> "_State":
         pid = os.getpid()
         return self._states.get(pid) or self._new_process(pid)
@@ -4680,7 +4683,7 @@ class _Collecter:
     def _new_process(self, pid: int) -> "_State":
         # In a child of a fork no lock of ours may be taken before this: some thread of the parent may hold it for ever.
         # So two threads may each make a state, and one of the two stays.
-        fresh: "_State" = self._new_state(**self._config)
+        fresh = self._new_state()
         if self._closed:
             fresh.close(0)
         state = self._states.setdefault(pid, fresh)  # one step
@@ -4731,8 +4734,8 @@ class DefaultCollecter(_Collecter):
     ) -> None:
         self._start(_http_config(server_url, request_timeout, ssl_context, headers))
 
-
-DefaultCollecter._new_state = _Direct
+    def _new_state(self) -> _Direct:
+        return _Direct(**self._config)
 
 
 class BatchCollecter(_Collecter):
@@ -4780,43 +4783,26 @@ class BatchCollecter(_Collecter):
         config["request_size"] = _check("collecter_max_size", collecter_max_size, "size")
         config["queue_size"] = _check("queue_max_size", queue_max_size, "size")
         config["queue_timeout"] = _check("queue_timeout", queue_timeout)
-        config["spool_path"] = spool_path
-        if spool_path is not None:
-            config["spool_path"] = _check("spool_path", spool_path, "log_path")
+        config["spool_path"] = None if spool_path is None else _check("spool_path", spool_path, "log_path")
         config["spool_max_bytes"] = _check("spool_max_bytes", spool_max_bytes, "size")
         config["on_error"] = _check("on_error", on_error)
         self._start(config)
 
-
-
-def _batch_state(
-    url: str,
-    request_timeout: float,
-    ssl_context: "Any",
-    headers: "Dict[str, str]",
-    interval: float,
-    due_size: int,
-    request_size: int,
-    queue_size: int,
-    queue_timeout: "Optional[float]",
-    spool_path: "Optional[str]",
-    spool_max_bytes: int,
-    on_error: "OnError",
-) -> _Worker:
-    queue: "_Queue"
-    transport = _Transport(url, ssl_context, headers)
-    if spool_path is None:
-        due_size = min(due_size, queue_size)  # a full queue is due, too
-        queue = _MemoryQueue(queue_size, due_size, interval)
-    else:
-        queue = _Spool(spool_path, spool_max_bytes, due_size, interval)
-    worker = _Worker(queue, _Sender(transport, queue, request_size, request_timeout), due_size, queue_timeout, on_error)
-    if spool_path is not None:
-        worker.begin(_CLOCK.now())  # for what ended processes have left there; the caller does not send it
-    return worker
-
-
-BatchCollecter._new_state = staticmethod(_batch_state)
+    def _new_state(self) -> _Worker:
+        queue: "_Queue"
+        config = self._config
+        due_size, spool_path = config["due_size"], config["spool_path"]
+        transport = _Transport(config["url"], config["ssl_context"], config["headers"])
+        if spool_path is None:
+            due_size = min(due_size, config["queue_size"])  # a full queue is due, too
+            queue = _MemoryQueue(config["queue_size"], due_size, config["interval"])
+        else:
+            queue = _Spool(spool_path, config["spool_max_bytes"], due_size, config["interval"])
+        sender = _Sender(transport, queue, config["request_size"], config["request_timeout"])
+        worker = _Worker(queue, sender, due_size, config["queue_timeout"], config["on_error"])
+        if spool_path is not None:
+            worker.begin(_CLOCK.now())  # for what ended processes have left there; the caller does not send it
+        return worker
 
 
 class LogCollecter(_Collecter):
@@ -4845,8 +4831,8 @@ class LogCollecter(_Collecter):
             }
         )
 
-
-LogCollecter._new_state = _LogFile
+    def _new_state(self) -> _LogFile:
+        return _LogFile(**self._config)
 
 
 ########################################################################################################################
@@ -4884,14 +4870,9 @@ def _register(state: "Any") -> bool:
     return _HOOKS[pid]
 
 
-def _notice_forks(states: "Dict[int, _State]") -> None:
-    """Have a forked child of this process close its parent's descriptors at once, where Python can do that (3.7)."""
-    _hook_fork()
-    _ALL_STATES[id(states)] = states
-
-
 @functools.lru_cache(None)  # once
 def _hook_fork() -> None:
+    """Have a forked child of this process close its parent's descriptors at once, where Python can do that (3.7)."""
     if _register_at_fork is not None:
         # By its name: where the module is reloaded, the hooks are for the new one.
         _register_at_fork(before=lambda: _FORK_GUARD.before(), after_in_parent=lambda: _FORK_GUARD.after_in_parent())
