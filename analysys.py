@@ -3883,7 +3883,6 @@ if TYPE_CHECKING:
     class _State(Protocol):
         """What a collecter has in one process. A forked child makes its own and disowns its parent's."""
 
-        pid: int  # of the process whose it is
         on_error: "OnError"  # who is told, at exit, of what is not delivered; None: the log
 
         @property
@@ -3902,8 +3901,8 @@ if TYPE_CHECKING:
             Again: goes on where it was interrupted, and returns the same until told() says that it is known.
             """
 
-        def told(self) -> None:
-            """Note that somebody knows what close() has returned."""
+        def told(self) -> bool:
+            """Note that what close() has returned is known; return whether nobody knew it before."""
 
         def stats(self) -> "Dict[str, int]":
             """Return the counts; they balance."""
@@ -3919,14 +3918,14 @@ if TYPE_CHECKING:
 
 
 def _close(state: "_State", timeout: "Optional[float]") -> None:
-    """Close *state*; raise with what it could not deliver."""
+    """Close *state*; raise with what it could not deliver, but in one of the threads that do so at once."""
     problem = state.close(timeout)
     if problem is not None:
         try:
             raise problem
         except AnalysysPythonSdkException:  # from here on a signal handler's has *problem* as its context
-            state.told()
-            raise
+            if state.told():
+                raise
 
 
 class _Signal:
@@ -3978,7 +3977,6 @@ class _Direct:
     on_error: "OnError" = None
 
     def __init__(self, url: str, request_timeout: float, ssl_context: "Any", headers: "Dict[str, str]") -> None:
-        self.pid = os.getpid()
         self.closed = False
         self._timeout = request_timeout
         self._ledger = _Ledger()
@@ -4007,14 +4005,14 @@ class _Direct:
         """Nothing waits: each call returns after its record is delivered."""
 
     def close(self, timeout: "Optional[float]") -> None:  # all is told by the calls
-        self.closed, thread = not self._is_exit(), self._thread
+        self.closed, thread = not _is_exit(), self._thread
         self._transport.close()
         self._ended.notify()
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
-    def told(self) -> None:
-        """Nothing is left to tell."""
+    def told(self) -> bool:
+        return True
 
     def stats(self) -> "Dict[str, int]":
         return self._ledger.stats()
@@ -4028,11 +4026,8 @@ class _Direct:
     def disown(self) -> None:
         self._transport.disown()
 
-    def _is_exit(self) -> bool:
-        return not _HOOKS.get(self.pid, True)
-
     def _is_over(self) -> bool:
-        return self.closed or self._is_exit()
+        return self.closed or _is_exit()
 
     def _watch(self) -> None:
         if self._is_watched or self._transport.sweep() is None or not _threads_run() or not _register(self):
@@ -4053,37 +4048,37 @@ class _Direct:
             self._ended.wait_for(self._is_over, _CLOCK.now() + min(left, _LOOK_EVERY))  # some die sooner
             left = self._transport.sweep()
         self._is_watched = False
-        _OPEN.discard(self)
+        _OPEN.pop(self, None)
         if not self.closed:
             self._watch()
 
 
 class _Turn:
-    """Whose turn it is to send and to report: one thread's at a time. Nobody waits for it, so it cannot deadlock.
+    """Whose turn something is: one thread's at a time. Nobody waits for it, so it cannot deadlock.
 
     Taken and given in one step each, so that an exception out of a signal handler cannot lose it.
     """
 
     def __init__(self) -> None:
-        self._holders: "Dict[str, int]" = {}  # what for -> thread
+        self._holder: "Dict[str, int]" = {}  # empty, or which thread
 
-    def take(self, what: str = "send") -> bool:
-        """Return whether this thread has the turn. That to do something else than send is taken once and for all."""
-        return self._holders.setdefault(what, threading.get_ident()) == threading.get_ident()
+    def take(self) -> bool:
+        """Return whether this thread has the turn, now if not before."""
+        return self._holder.setdefault("thread", threading.get_ident()) == threading.get_ident()
 
     def give(self) -> None:
         if self.is_mine():
-            self._holders.pop("send", None)
+            self._holder.clear()
 
     def is_free(self) -> bool:
-        return "send" not in self._holders
+        return not self._holder
 
     def is_mine(self) -> bool:
-        return self._holders.get("send") == threading.get_ident()
+        return self._holder.get("thread") == threading.get_ident()
 
 
 # The phases of a _Worker; they only grow.
-_TAKES, _DROPPED, _CLOSING, _ENDED, _TOLD = range(5)
+_TAKES, _DROPPED, _CLOSING, _ENDED = range(4)
 
 
 class _Worker:
@@ -4105,7 +4100,6 @@ class _Worker:
     def __init__(
         self, queue: "_Queue", sender: "_Sender", due_size: int, patience: "Optional[float]", on_error: "OnError"
     ) -> None:
-        self.pid = os.getpid()
         self._on_error: "Callable[[], OnError]" = _weakly(on_error)
         self._queue = queue
         self._sender = sender
@@ -4115,7 +4109,8 @@ class _Worker:
         self._goal = 0  # all up to this many accepted records are due
         self._hurried = False  # the goal is to be set anew
         self._changed = _Signal()  # its threshold is out of reach while the thread is awake or backs off
-        self._turn = _Turn()
+        self._turn = _Turn()  # to send and to report
+        self._telling = _Turn()  # to tell what close() has left: once, so it is not given back
         self._thread: "Optional[threading.Thread]" = None
 
     @property
@@ -4181,7 +4176,7 @@ class _Worker:
             self.flush(timeout)
         except AnalysysPythonSdkNetworkException:
             why = self._sender.outage.state()
-        self._phase, thread = max(self._phase, _ENDED), self._thread
+        self._phase, thread = _ENDED, self._thread
         # A queue on disk stays the thread's until its request is over, so that nobody sends the same meanwhile.
         left = [] if self._queue.is_durable and thread is not None else self._queue.close()
         self._changed.notify()
@@ -4192,15 +4187,14 @@ class _Worker:
             thread.join(max(0.0, min(left_over, _LONGEST_WAIT)))
         if not left:
             self.told()
-        # Of threads that close it at once one has what is left, or exit has it: by then that one may be gone.
-        if self._phase == _TOLD or not self._turn.take("tell") and _HOOKS.get(self.pid, True):
+        if not self._telling.is_free():
             return None
         message = "%d records are not delivered: %s" % (len(left), why or "they came while the collecter was closed")
         return AnalysysPythonSdkNetworkException(message, _records(left))
 
-    def told(self) -> None:
-        self._phase = _TOLD
-        _OPEN.discard(self)
+    def told(self) -> bool:
+        _OPEN.pop(self, None)
+        return self._telling.take()
 
     def stats(self) -> "Dict[str, int]":
         return self._queue.ledger.stats()
@@ -4396,8 +4390,8 @@ class _Worker:
             self._queue.close()
             self._report()
         self._sender.transport.close()
-        if self._phase != _ENDED:  # else what is left is not told yet
-            _OPEN.discard(self)
+        if self._phase == _DROPPED:  # else told() does it
+            _OPEN.pop(self, None)
 
 
 def _weakly(held: "Any") -> "Callable[[], Any]":
@@ -4445,7 +4439,7 @@ class _LogFile:
     clock = staticmethod(time.time)  # wall clock; replaceable for tests
 
     def __init__(self, directory: str, pattern: str, batch: int) -> None:
-        self.pid = os.getpid()
+        self.pid = os.getpid()  # of the process whose it is
         self.ledger = _Ledger()
         # Guards all below but _buffer; held for a whole write. Re-entrant: up to Python 3.10 an exception out of a
         # signal handler may leave it locked, and then this thread would wait for itself.
@@ -4492,7 +4486,7 @@ class _LogFile:
             return error
         self.closed = True
         if not self._buffer:  # else a write that this call interrupts sees to it, or exit
-            _OPEN.discard(self)
+            _OPEN.pop(self, None)
         if not self.is_writing() and self._lock.acquire(False):  # or else who is writing does it
             try:
                 self.disown()
@@ -4500,8 +4494,8 @@ class _LogFile:
                 self._lock.release()
         return None
 
-    def told(self) -> None:
-        """It is still to be written: it is told again."""
+    def told(self) -> bool:
+        return True  # what is not written may be yet: it is told again
 
     def take_back(self, lines: bytes) -> None:
         """Take back *lines*, which were written last, by one put()."""
@@ -4517,7 +4511,7 @@ class _LogFile:
 
     def abandon(self) -> None:
         """The collecter is gone: write what is left, at exit if it cannot be now."""
-        if not _HOOKS.get(self.pid, True):  # exit has tried
+        if _is_exit():  # which has tried
             return
         problem: "Any" = self.close(1.0)
         if problem is not None:
@@ -4844,9 +4838,9 @@ class LogCollecter(_Collecter):
 # `_HOOKS` false, and its call delivers by itself. At a fork the child lets go of its parent's descriptors; all else it
 # finds out by its process id, at its next call, since not every fork runs hooks.
 
-# States with records that are not delivered, of this process and, in a forked child, of its parent. Not weak: they
-# outlive their collecters until they are done. The steps of a set are atomic.
-_OPEN: "set[_State]" = set()
+# States with records that are not delivered, of this process and, in a forked child, of its parent: by their process
+# ids. Not weak: they outlive their collecters until they are done. The steps of a dict are atomic.
+_OPEN: "Dict[_State, int]" = {}
 _ALL_STATES: "Dict[int, Dict[int, _State]]" = {}  # those of each collecter there is, by their id()
 _HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
 
@@ -4866,8 +4860,13 @@ def _register(state: "Any") -> bool:
         if process and util and type(process.current_process()).__name__ != "_MainProcess":
             util.Finalize(None, _deliver_at_exit, exitpriority=0)
     if _HOOKS[pid]:
-        _OPEN.add(state)
+        _OPEN[state] = pid
     return _HOOKS[pid]
+
+
+def _is_exit() -> bool:
+    """Tell whether the exit hook of this process has begun."""
+    return not _HOOKS.get(os.getpid(), True)
 
 
 @functools.lru_cache(None)  # once
@@ -4896,26 +4895,21 @@ def _disown(states: "Dict[int, _State]") -> None:
 def _deliver_at_exit() -> None:
     """Close all that is open, within `_EXIT_TIMEOUT` in all; tell what could not be delivered.
 
-    A Ctrl-C ends the waiting, not the telling: each step goes on where it was interrupted.
+    A Ctrl-C ends the waiting, not the telling: all begins anew, but for what is done, and waits for nothing.
     """
-    deadlines = iter([_CLOCK.now() + _EXIT_TIMEOUT])
+    deadlines = iter([_CLOCK.now() + _EXIT_TIMEOUT])  # of the first attempt
+    _despite_signals(lambda: _end_all(next(deadlines, 0.0)))
+
+
+def _end_all(deadline: float) -> None:
     _HOOKS[os.getpid()] = False  # what is put from here on is delivered by the call itself: begin() says so
-    states = [state for state in list(_OPEN) if state.pid == os.getpid()]
-    untold: "Dict[_State, Exception]" = {}
-    steps: "List[Callable[[float], None]]" = [functools.partial(_wait_at_exit, states)]
-    steps += [functools.partial(_close_at_exit, state, untold) for state in states]
-    steps += [functools.partial(_tell_at_exit, untold)]
-
-    def deliver() -> None:
-        deadline = next(deadlines, 0.0)
-        # A signal handler may have raised in the very moment in which these are cleared.
-        _LOGGING.now, _WRITES.log = False, None
-        _TELLING.discard((os.getpid(), threading.get_ident()))
-        while steps:
-            steps[0](deadline)
-            del steps[0]
-
-    _despite_signals(deliver)
+    # A signal handler may have raised in the very moment in which these are cleared.
+    _LOGGING.now, _WRITES.log = False, None
+    _TELLING.discard((os.getpid(), threading.get_ident()))
+    states = [state for state, pid in _OPEN.copy().items() if pid == os.getpid()]
+    _wait_at_exit(states, deadline)
+    problems = {state: _close_at_exit(state, deadline) for state in states}
+    _tell_at_exit({state: problem for state, problem in problems.items() if problem is not None})
 
 
 def _despite_signals(call: "Callable[[], None]", depth: int = 3) -> None:
@@ -4944,26 +4938,23 @@ def _wait_at_exit(states: "List[_State]", deadline: float) -> None:
             break
 
 
-def _close_at_exit(state: "_State", untold: "Dict[_State, Exception]", deadline: float) -> None:
-    """Close *state* and note what is to be told; whatever befalls one, the others have their turn."""
+def _close_at_exit(state: "_State", deadline: float) -> "Optional[Exception]":
+    """Close *state* and return what is to be told; whatever befalls one, the others have their turn."""
     problem: "Optional[Exception]" = None
     for _ in range(3):  # a signal handler may raise an Exception, too
         try:
-            problem = state.close(max(0.0, deadline - _CLOCK.now()))
-            break
+            return state.close(max(0.0, deadline - _CLOCK.now()))
         except Exception as error:
             problem, deadline = error, 0.0
-    if problem is not None:
-        untold[state] = problem
+    return problem
 
 
-def _tell_at_exit(untold: "Dict[_State, Exception]", deadline: float) -> None:
+def _tell_at_exit(untold: "Dict[_State, Exception]") -> None:
     for state, problem in list(untold.items()):
-        if state.on_error is not None:
-            on_error, state.on_error = state.on_error, None  # once: where that is interrupted, the log is told instead
-            if _tell(on_error, problem, getattr(problem, "records", [])):
-                state.told()
-                del untold[state]
+        on_error, state.on_error = state.on_error, None  # once: where that is interrupted, the log is told instead
+        if on_error is not None and _tell(on_error, problem, getattr(problem, "records", [])):
+            state.told()
+            del untold[state]
     number = sum(len(getattr(error, "records", ())) for error in untold.values())
     for _ in range(3 if number else 0):
         if _log("error", "%d records were not delivered at exit: %s", number, list(untold.values())[-1]):

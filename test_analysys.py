@@ -6665,7 +6665,7 @@ def exits_here(monkeypatch):
         analysys._HOOKS[os.getpid()] = True
         analysys._deliver_at_exit()
     monkeypatch.setattr(analysys, "_HOOKS", {os.getpid(): True})
-    monkeypatch.setattr(analysys, "_OPEN", set())
+    monkeypatch.setattr(analysys, "_OPEN", {})
     monkeypatch.setattr(analysys, "_EXIT_TIMEOUT", 0.001)
     yield exits
 
