@@ -3911,7 +3911,7 @@ if TYPE_CHECKING:
             """Make all that waits due, and cut a back-off short. Waits for nothing."""
 
         def abandon(self) -> None:
-            """The collecter is gone: deliver what is left, in the background or at exit, then end."""
+            """The collecter is gone, closed or not: deliver what is left, in the background or at exit, then end."""
 
         def disown(self) -> None:
             """Close, in a forked child, the descriptors of the parent. Takes no lock."""
@@ -4077,7 +4077,7 @@ class _Turn:
         return self._holder.get("thread") == threading.get_ident()
 
 
-# The phases of a _Worker; they only grow.
+# The phases of a _Worker. They only grow, but that one is dropped whose close() was interrupted.
 _TAKES, _DROPPED, _CLOSING, _ENDED = range(4)
 
 
@@ -4090,7 +4090,7 @@ class _Worker:
     can be started (at exit, under WebAssembly), whoever puts or flushes runs _step() in its place.
 
     No lock is held here at all. The queue guards itself; the turn is never waited for; all else is single assignments:
-    `_phase` only grows, `_goal` is written by who has the turn, and who wants it higher sets `_hurried` after its put,
+    `_phase` (see there), `_goal` is written by who has the turn, and who wants it higher sets `_hurried` after its put,
     which is cleared before the goal is read. A __del__, a signal handler or a fork may come in anywhere.
 
     The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()). Nor does it
@@ -4205,7 +4205,7 @@ class _Worker:
         self._wake()
 
     def abandon(self) -> None:
-        if self._phase == _TAKES:
+        if self._phase < _ENDED:  # also where a close() was interrupted
             self._phase = _DROPPED
         self._wake()
         if self._thread is None and self._is_finished():
@@ -4652,8 +4652,7 @@ class _Collecter:
             state = states.get(os.getpid())
             if state is not None:
                 state.on_error = self._config.get("on_error")  # which the state holds from here on
-                if not self._closed:
-                    state.abandon()
+                state.abandon()
         except Exception:
             if sys is not None and not sys.is_finalizing():  # else what we need is gone, and our exit hook has run
                 raise

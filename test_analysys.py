@@ -5503,7 +5503,7 @@ def test_an_on_error_may_close_its_collecter():
 def without_a_thread(server, *xwhats):
     """Return the state of a batch collecter whose records nobody sends."""
     collecter = BatchCollecter(server.url, NEVER, NEVER, 1, request_timeout=5)
-    collecter._closed, state = True, collecter._state()        # so it abandons nothing when it is dropped
+    state = collecter._states.pop(os.getpid())         # so it is not abandoned when the collecter is dropped
     state._thread = threading.current_thread()
     for xwhat in xwhats:
         state.put(analysys._line(event(xwhat)), False)
@@ -5530,6 +5530,19 @@ def test_what_is_urgent_inside_any_step_of_the_sender_is_sent_with_it_or_with_th
             if not came:
                 break
         assert step > 100
+
+
+def test_a_collecter_that_is_dropped_after_its_close_was_interrupted_delivers_and_its_thread_ends(monkeypatch):
+    with FaultyServer() as server:
+        collecter = BatchCollecter(server.url, NEVER, NEVER)
+        collecter.uploadData(event("e"))
+        state = collecter._state()
+        with monkeypatch.context() as patched, pytest.raises(Interrupt):
+            patched.setattr(state, "hurry", interrupt)             # which flush() does while it waits
+            collecter.close()
+        del collecter
+        wait_until(lambda: state._thread is None and server.names == ["e"])
+        assert state not in analysys._OPEN
 
 
 def test_a_closed_collecter_sends_nothing_more_and_stays_closed_when_it_is_dropped():
