@@ -106,7 +106,6 @@ _register_at_fork: "Any" = getattr(os, "register_at_fork", None)  # not in 3.6, 
 
 TYPE_CHECKING = False  # what type checkers take for true: `typing` costs 5 ms to import
 if TYPE_CHECKING:
-    import http.client
     import ssl
     from datetime import datetime
     from types import TracebackType
@@ -1560,7 +1559,8 @@ class _Transport:
         import urllib.request
 
         _zlib()
-        _ready_resolver()
+        if hasattr(os, "fork") and _threads_run():
+            _ready_resolver()
         self._url = url
         self._headers = headers
         self._where = urllib.request.Request(url)
@@ -1680,6 +1680,7 @@ class _ForkGuard:
 _FORK_GUARD = _ForkGuard()
 
 
+@functools.lru_cache(None)  # once, in this process or in one that forked it
 def _ready_resolver() -> None:
     """Have the C library read the files of its resolver, once, before a thread of ours looks a name up.
 
@@ -1687,17 +1688,12 @@ def _ready_resolver() -> None:
     wait in its first lookup for ever. "a..b" is no name: all is made ready for it, and no server is asked. This thread
     does not do it itself, since whoever forked this process may have left it such a lock.
     """
-    if not _RESOLVER and hasattr(os, "fork") and _threads_run():
-        _RESOLVER.append(None)
-        try:
-            thread = threading.Thread(target=_look_up_no_name, daemon=True)
-            thread.start()
-            thread.join(1)
-        except (RuntimeError, MemoryError):  # no more threads, or the interpreter is ending
-            pass
-
-
-_RESOLVER: "List[None]" = []  # not empty: it is ready, in this process or in one that forked it
+    try:
+        thread = threading.Thread(target=_look_up_no_name, daemon=True)
+        thread.start()
+        thread.join(1)
+    except (RuntimeError, MemoryError):  # no more threads, or the interpreter is ending
+        pass
 
 
 def _look_up_no_name() -> None:
@@ -1901,7 +1897,7 @@ class _Connections:
         if tunnel:
             connection.set_tunnel(tunnel, headers={"Proxy-Authorization": credentials} if credentials else {})
         connection.descriptor, connection.body = (-1, None), b""
-        connection.response_class = functools.partial(_response, connection)
+        connection.response_class = functools.partial(_response_class(), connection)
         connection._create_connection = functools.partial(_dial, connection)
         connection.send = functools.partial(_send_in_time, connection)
         self._all.add(connection)
@@ -1991,18 +1987,17 @@ def _send_in_time(connection: "Any", data: bytes) -> None:
         connection.sock.sendall(view[start : start + _TLS_RECORD])
 
 
-def _response(connection: "Any", sock: "Any", *arguments: "Any", **named: "Any") -> "http.client.HTTPResponse":
-    """Make the response that http.client would, but let it read through an `_Answering` file, and past any 1xx."""
-    response: "http.client.HTTPResponse" = _response_class()(_Answering(connection, sock), *arguments, **named)
-    return response
-
-
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(None)  # once
 def _response_class() -> "Any":
-    """Return http.client's class of responses, but for 1xx: that one passes over 100 only, not over 103 Early Hints."""
+    """Return http.client's class of responses, but one that reads through an `_Answering` file, and past any 1xx: that
+    one passes over 100 only, not over 103 Early Hints."""
     import http.client
 
     class Response(http.client.HTTPResponse):
+        def __init__(self, connection: "Any", sock: "Any", *arguments: "Any", **named: "Any") -> None:
+            source: "Any" = _Answering(connection, sock)
+            super().__init__(source, *arguments, **named)
+
         def _read_status(self) -> "Tuple[str, int, str]":
             while True:
                 found: "Tuple[str, int, str]" = super()._read_status()  # type: ignore[misc]
@@ -4171,7 +4166,7 @@ class _Worker:
     def close(self, timeout: "Optional[float]") -> "Optional[Exception]":
         # Ctrl-C may end this anywhere: the next close() goes on from there, and all is given back until it is told.
         self._phase = max(self._phase, _CLOSING)
-        began, why = _CLOCK.now(), ""
+        deadline, why = float("inf") if timeout is None else _CLOCK.now() + timeout, ""
         try:
             self.flush(timeout)
         except AnalysysPythonSdkNetworkException:
@@ -4183,8 +4178,7 @@ class _Worker:
         if thread is None:
             self._end()
         elif not why and not self._turn.is_mine():
-            left_over = _LONGEST_WAIT if timeout is None else timeout - (_CLOCK.now() - began)
-            thread.join(max(0.0, min(left_over, _LONGEST_WAIT)))
+            thread.join(max(0.0, min(deadline - _CLOCK.now(), _LONGEST_WAIT)))
         if not left:
             self.told()
         if not self._telling.is_free():
@@ -4262,13 +4256,13 @@ class _Worker:
         self._wake()
         patience, advice = self._patience_here()
         self._changed.wait_for(is_over, _CLOCK.now() + patience)
-        if not waiting and self.closed:
+        if waiting:
+            return waiting
+        if self.closed:
             raise _closed()
-        if not waiting:
-            why = self.stats()["pending"], self._sender.outage.state(), advice
-            message = "the queue is full: %d records wait; %s%s" % why
-            raise AnalysysPythonSdkNetworkException(message, map(_decode, line.splitlines()))
-        return waiting
+        why = self.stats()["pending"], self._sender.outage.state(), advice
+        message = "the queue is full: %d records wait; %s%s" % why
+        raise AnalysysPythonSdkNetworkException(message, map(_decode, line.splitlines()))
 
     def _patience_here(self) -> "Tuple[float, str]":
         """Return how many seconds this thread may wait for room, and advice where that is not the usual."""
