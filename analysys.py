@@ -1490,6 +1490,14 @@ def _seconds(retry_after: "Optional[str]") -> "Optional[float]":
 
 ########################################################################################################################
 # Transport: one POST over a kept-alive connection, bounded in time and in bytes
+#
+# A _Transport posts through urllib's handler of proxies to its _Connections, which own the connections. These are
+# http.client's, with three steps of ours, since it bounds each step of a request and nobody the whole: _dial connects,
+# _send_in_time sends, an _Answering reads, all until the connection's *deadline*. Its *stage* says how far a request
+# came: the error that ends it carries that along, and with it whether the server may have the data.
+#
+# Any number of threads post at once. They share the idle connections, which each takes out for itself, and no lock. But
+# the C libraries below have locks, which a fork copies as they are: see _ForkGuard.
 ########################################################################################################################
 
 
@@ -3870,6 +3878,16 @@ def _ask(transport: "_Transport", ledger: "_Ledger", lines: "List[bytes]", timeo
 
 ########################################################################################################################
 # States and collecters: what a collecter has in one process, and thin compositions of the parts above
+#
+# A collecter is a configuration and, by process id, a *state*, which owns all that works: a queue, a sender and their
+# thread; or a transport; or a log's file. Any thread may call it, and a signal handler or a __del__ in the middle of
+# any call, in the same thread. So no state has a lock but a log, whose threads take turns to write. All else that
+# several threads change is changed in one step (a phase, a turn, a deque, a dict); who waits looks at a condition, and
+# each change has him look again (_Signal).
+#
+# A signal handler may also raise at any line. What was accepted before is not lost by that: the thread delivers it, or
+# close(), or exit. And who closes a state takes what is left in one moment and tells of it in another: in between it is
+# neither's alone, and close() returns it to whoever asks, until one has told(). Twice beats never.
 ########################################################################################################################
 
 
@@ -4426,6 +4444,9 @@ class _LogFile:
     The buffer needs none: put() appends, and only who writes removes, from the front and what is written. A call from
     inside a write (a signal handler, ``__del__``) must not wait for the write that it interrupts, whose thread is its
     own: it leaves its line in the buffer, and that write sees to it at its end. So nothing ever waits for itself.
+
+    An exception out of a signal handler may leave behind what tells that a write is under way: `_WRITES.log`, or up to
+    Python 3.10 the lock. So only the two together tell it, and the next write of that thread lets go of the lock.
     """
 
     on_error: "OnError" = None
@@ -4435,8 +4456,7 @@ class _LogFile:
     def __init__(self, directory: str, pattern: str, batch: int) -> None:
         self.pid = os.getpid()  # of the process whose it is
         self.ledger = _Ledger()
-        # Guards all below but _buffer; held for a whole write. Re-entrant: up to Python 3.10 an exception out of a
-        # signal handler may leave it locked, and then this thread would wait for itself.
+        # Guards all below but _buffer. Re-entrant, so that it knows whose it is, and may be let go of by that thread.
         self._lock: "Any" = threading.RLock()
         self._directory = directory
         self._pattern = pattern  # for strftime
@@ -4497,7 +4517,7 @@ class _LogFile:
             self._written -= self._file.take_back(lines)
 
     def is_writing(self) -> bool:
-        """Tell whether this thread does. Its lock is asked, too: an exception may leave `_WRITES.log` behind."""
+        """Tell whether this thread is inside a write of this log."""
         return _WRITES.log is self and bool(self._lock._is_owned())
 
     def hurry(self) -> None:
@@ -4522,7 +4542,7 @@ class _LogFile:
 
     def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT) -> None:
         """Write what waits and then *line*, which may be empty."""
-        while self._lock._is_owned():  # left behind, see there; other threads wait for it
+        while self._lock._is_owned():  # left behind; other threads wait for it
             self._lock.release()
         outer = _WRITES.log  # which may not have its lock yet
         try:
@@ -4830,6 +4850,10 @@ class LogCollecter(_Collecter):
 # together; hooks run in the reverse order of their registration, so one that runs after ours may still track: it finds
 # `_HOOKS` false, and its call delivers by itself. At a fork the child lets go of its parent's descriptors; all else it
 # finds out by its process id, at its next call, since not every fork runs hooks.
+#
+# What is left must be told however often a signal handler raises, and wherever. So an attempt at exit that is ended by
+# an exception is made again from its beginning. That harms nobody, since each state knows how far it came: it stays in
+# `_OPEN`, and its close() returns what it has left, until told() notes that somebody knows.
 
 # States with records that are not delivered, of this process and, in a forked child, of its parent: by their process
 # ids. Not weak: they outlive their collecters until they are done. The steps of a dict are atomic.
@@ -4888,13 +4912,13 @@ def _disown(states: "Dict[int, _State]") -> None:
 def _deliver_at_exit() -> None:
     """Close all that is open, within `_EXIT_TIMEOUT` in all; tell what could not be delivered.
 
-    A Ctrl-C ends the waiting, not the telling: all begins anew, but for what is done, and waits for nothing.
+    A Ctrl-C ends the waiting, not the telling: the next attempt waits for nothing, and does what is not done yet.
     """
     deadlines = iter([_CLOCK.now() + _EXIT_TIMEOUT])  # of the first attempt
-    _despite_signals(lambda: _end_all(next(deadlines, 0.0)))
+    _despite_signals(lambda: _attempt_at_exit(next(deadlines, 0.0)))
 
 
-def _end_all(deadline: float) -> None:
+def _attempt_at_exit(deadline: float) -> None:
     _HOOKS[os.getpid()] = False  # what is put from here on is delivered by the call itself: begin() says so
     # A signal handler may have raised in the very moment in which these are cleared.
     _LOGGING.now, _WRITES.log = False, None
