@@ -1804,11 +1804,7 @@ class _Connections:
         """Close idle connections that are old or dead; return how long the others last, in seconds, or None."""
         now = oldest = _CLOCK.now()
         self._next_sweep = now + 1
-        try:
-            idle = list(self._idle)
-        except RuntimeError:  # another thread changed it meanwhile, without the GIL
-            return 1.0
-        for kept in idle:  # each stays where it is while it is looked at: a call may want it
+        for kept in _steady(lambda: list(self._idle)):  # each stays there while it is looked at: a call may want it
             if self._is_usable(kept):
                 oldest = min(oldest, kept[2])
                 continue
@@ -3829,7 +3825,8 @@ class _Sender:
 
     def _choked(self, part: "_Part", verdict: "_Verdict") -> None:
         """The server has *part* and fails, which may be the fault of either."""
-        was_up, at = self.outage.since is None, self._parts.index(part)
+        at = self._parts.index(part)
+        is_probe = at > 0 and self.outage.since is not None  # one behind the first, which waits for the server
         part.failures += 1
         part.overtaken = bool(part.overtaken)
         wait, self._next = verdict.wait, 0
@@ -3842,11 +3839,11 @@ class _Sender:
             self._refuse(part, "given up: others get through, but on this record the server fails: " + verdict.reason)
             self.outage.over()
             return
-        elif (was_up or at == 0) and not part.stands_aside():
+        elif not is_probe and not part.stands_aside():
             self._next = at  # it may be the server's fault: the order is kept, for now
         else:  # a record alone: see whether one part behind it gets through, and then wait
             behind = at + 1 if at or self._probe >= len(self._parts) else self._probe
-            if (was_up or at == 0) and behind < len(self._parts):
+            if not is_probe and behind < len(self._parts):
                 self._next, wait = behind, wait or 0.0
             elif at:
                 self._probe = at + 1
