@@ -106,7 +106,6 @@ _register_at_fork: "Any" = getattr(os, "register_at_fork", None)  # not in 3.6, 
 
 TYPE_CHECKING = False  # what type checkers take for true: `typing` costs 5 ms to import
 if TYPE_CHECKING:
-    import http.client
     import ssl
     from datetime import datetime
     from types import TracebackType
@@ -1493,6 +1492,14 @@ def _seconds(retry_after: "Optional[str]") -> "Optional[float]":
 
 ########################################################################################################################
 # Transport: one POST over a kept-alive connection, bounded in time and in bytes
+#
+# A _Transport posts through urllib's handler of proxies to its _Connections, which own the connections. These are
+# http.client's, with three steps of ours, since it bounds each step of a request and nobody the whole: _dial connects,
+# _send_in_time sends, an _Answering reads, all until the connection's *deadline*. Its *stage* says how far a request
+# came: the error that ends it carries that along, and with it whether the server may have the data.
+#
+# Any number of threads post at once. They share the idle connections, which each takes out for itself, and no lock. But
+# the C libraries below have locks, which a fork copies as they are: see _ForkGuard.
 ########################################################################################################################
 
 
@@ -1562,7 +1569,8 @@ class _Transport:
         import urllib.request
 
         _zlib()
-        _ready_resolver()
+        if hasattr(os, "fork") and _threads_run():
+            _ready_resolver()
         self._url = url
         self._headers = headers
         self._where = urllib.request.Request(url)
@@ -1592,15 +1600,13 @@ class _Transport:
 
         request = urllib.request.Request(self._url, body, self._headers, method=method)
         try:
-            answer: "Optional[_Answer]" = self._opener.open(request, timeout=timeout)
+            return self._opener.open(request, timeout=timeout)  # type: ignore[no-any-return]
         except (ValueError, http.client.InvalidURL) as error:
             is_certificate = type(error).__name__ == "CertificateError"  # what Python 3.6 has for another host's
             if isinstance(error, OSError) or is_certificate or not self.proxy():  # OSError: later ones' is both
                 raise
-            answer = None
-        if answer is None:  # said without the address itself: where it is not understood, credentials are not either
-            raise OSError("what the environment has as proxy for %s is no http://host:port" % self._where.type)
-        return answer
+        # Without the address itself, and that error's words: where it is not understood, credentials are not either.
+        raise OSError("what the environment has as proxy for %s is no http://host:port" % self._where.type)
 
     def where(self) -> str:
         """Return the address posted to and the proxy on the way to it, for messages, without credentials."""
@@ -1684,6 +1690,7 @@ class _ForkGuard:
 _FORK_GUARD = _ForkGuard()
 
 
+@functools.lru_cache(None)  # once, in this process or in one that forked it
 def _ready_resolver() -> None:
     """Have the C library read the files of its resolver, once, before a thread of ours looks a name up.
 
@@ -1691,17 +1698,12 @@ def _ready_resolver() -> None:
     wait in its first lookup for ever. "a..b" is no name: all is made ready for it, and no server is asked. This thread
     does not do it itself, since whoever forked this process may have left it such a lock.
     """
-    if not _RESOLVER and hasattr(os, "fork") and _threads_run():
-        _RESOLVER.append(None)
-        try:
-            thread = threading.Thread(target=_look_up_no_name, daemon=True)
-            thread.start()
-            thread.join(1)
-        except (RuntimeError, MemoryError):  # no more threads, or the interpreter is ending
-            pass
-
-
-_RESOLVER: "List[None]" = []  # not empty: it is ready, in this process or in one that forked it
+    try:
+        thread = threading.Thread(target=_look_up_no_name, daemon=True)
+        thread.start()
+        thread.join(1)
+    except (RuntimeError, MemoryError):  # no more threads, or the interpreter is ending
+        pass
 
 
 def _look_up_no_name() -> None:
@@ -1804,11 +1806,7 @@ class _Connections:
         """Close idle connections that are old or dead; return how long the others last, in seconds, or None."""
         now = oldest = _CLOCK.now()
         self._next_sweep = now + 1
-        try:
-            idle = list(self._idle)
-        except RuntimeError:  # another thread changed it meanwhile, without the GIL
-            return 1.0
-        for kept in idle:  # each stays where it is while it is looked at: a call may want it
+        for kept in _steady(lambda: list(self._idle)):  # each stays there while it is looked at: a call may want it
             if self._is_usable(kept):
                 oldest = min(oldest, kept[2])
                 continue
@@ -1905,7 +1903,7 @@ class _Connections:
         if tunnel:
             connection.set_tunnel(tunnel, headers={"Proxy-Authorization": credentials} if credentials else {})
         connection.descriptor, connection.body = (-1, None), b""
-        connection.response_class = functools.partial(_response, connection)
+        connection.response_class = functools.partial(_response_class(), connection)
         connection._create_connection = functools.partial(_dial, connection)
         connection.send = functools.partial(_send_in_time, connection)
         self._all.add(connection)
@@ -1995,18 +1993,17 @@ def _send_in_time(connection: "Any", data: bytes) -> None:
         connection.sock.sendall(view[start : start + _TLS_RECORD])
 
 
-def _response(connection: "Any", sock: "Any", *arguments: "Any", **named: "Any") -> "http.client.HTTPResponse":
-    """Make the response that http.client would, but let it read through an `_Answering` file, and past any 1xx."""
-    response: "http.client.HTTPResponse" = _response_class()(_Answering(connection, sock), *arguments, **named)
-    return response
-
-
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(None)  # once
 def _response_class() -> "Any":
-    """Return http.client's class of responses, but for 1xx: that one passes over 100 only, not over 103 Early Hints."""
+    """Return http.client's class of responses, but one that reads through an `_Answering` file, and past any 1xx: that
+    one passes over 100 only, not over 103 Early Hints."""
     import http.client
 
     class Response(http.client.HTTPResponse):
+        def __init__(self, connection: "Any", sock: "Any", *arguments: "Any", **named: "Any") -> None:
+            source: "Any" = _Answering(connection, sock)
+            super().__init__(source, *arguments, **named)
+
         def _read_status(self) -> "Tuple[str, int, str]":
             while True:
                 found: "Tuple[str, int, str]" = super()._read_status()  # type: ignore[misc]
@@ -3663,10 +3660,6 @@ class _Part:
         """Tell whether it is a record alone, on which the server choked so often that others go first."""
         return len(self.items) == 1 and (self.failures >= _CUT_AFTER or bool(self.overtaken))
 
-    def cut(self, number: int) -> "List[_Part]":
-        """Return it in two parts, the first of *number* items."""
-        return [_Part(items, self.overtaken) for items in (self.items[:number], self.items[number:])]
-
 
 class _Sender:
     """Sends what a queue holds, in order, one request an attempt()."""
@@ -3676,15 +3669,15 @@ class _Sender:
         self.timeout = timeout  # seconds a request
         self.took = 0.0  # seconds of the last one
         self.outage = _Outage()
-        self._transport = transport
+        self.transport = transport
         self._queue = queue
         self._parts: "List[_Part]" = []
         self._next = 0  # which part comes next
         self._probe = 1  # which part is tried next where the first one failed
         self._limit = sys.maxsize  # records a request, learned from 413
 
-    def attempt(self, timeout: "Optional[float]" = None) -> None:
-        """Send one part, if there is any, within *timeout* seconds; settle, cut or keep it."""
+    def attempt(self, deadline: float = float("inf")) -> None:
+        """Send one part, if there is any, in the time until *deadline*; settle, cut or keep it."""
         self.took, part = 0.0, self._turn_to_next()
         if part is None:
             return
@@ -3692,7 +3685,7 @@ class _Sender:
             self._queue.ledger.add({"retries": 1})
         lines = [item[0] for item in part.items]
         began = _CLOCK.now()
-        verdict = _ask(self._transport, self._queue.ledger, lines, self.timeout if timeout is None else timeout)
+        verdict = _ask(self.transport, self._queue.ledger, lines, min(self.timeout, deadline - began))
         self.took = _CLOCK.now() - began
         if verdict.kind == _RETRY:
             self._next = 0
@@ -3705,18 +3698,6 @@ class _Sender:
             self._answered(part, verdict)
             if not was_up:  # a probe may have got through: now in order
                 self._next = 0
-
-    def sweep(self) -> None:
-        """Close connections that are idle for too long, or dead."""
-        self._transport.sweep()
-
-    def close(self) -> None:
-        """Close idle connections; one in use closes when its answer is there."""
-        self._transport.close()
-
-    def disown(self) -> None:
-        """Let go, in a forked child, of the parent's connections."""
-        self._transport.disown()
 
     def _turn_to_next(self) -> "Optional[_Part]":
         """Return the part to send, taking more from the queue where all that is in flight stands aside."""
@@ -3734,9 +3715,9 @@ class _Sender:
         return part
 
     def _cut(self, part: "_Part", number: int) -> "_Part":
-        """Cut *part* in two where it stands, and return the first of them."""
-        at = self._parts.index(part)
-        self._parts[at : at + 1] = part.cut(number)
+        """Cut *part* in two where it stands, and return the first of them, of *number* items."""
+        at, items = self._parts.index(part), part.items
+        self._parts[at : at + 1] = [_Part(half, part.overtaken) for half in (items[:number], items[number:])]
         return self._parts[at]
 
     def _answered(self, part: "_Part", verdict: "_Verdict") -> None:
@@ -3758,7 +3739,8 @@ class _Sender:
 
     def _choked(self, part: "_Part", verdict: "_Verdict") -> None:
         """The server has *part* and fails, which may be the fault of either."""
-        was_up, at = self.outage.since is None, self._parts.index(part)
+        at = self._parts.index(part)
+        is_probe = at > 0 and self.outage.since is not None  # one behind the first, which waits for the server
         part.failures += 1
         part.overtaken = bool(part.overtaken)
         wait, self._next = verdict.wait, 0
@@ -3771,11 +3753,11 @@ class _Sender:
             self._refuse(part, "given up: others get through, but on this record the server fails: " + verdict.reason)
             self.outage.over()
             return
-        elif (was_up or at == 0) and not part.stands_aside():
+        elif not is_probe and not part.stands_aside():
             self._next = at  # it may be the server's fault: the order is kept, for now
         else:  # a record alone: see whether one part behind it gets through, and then wait
             behind = at + 1 if at or self._probe >= len(self._parts) else self._probe
-            if (was_up or at == 0) and behind < len(self._parts):
+            if not is_probe and behind < len(self._parts):
                 self._next, wait = behind, wait or 0.0
             elif at:
                 self._probe = at + 1
@@ -3807,6 +3789,16 @@ def _ask(transport: "_Transport", ledger: "_Ledger", lines: "List[bytes]", timeo
 
 ########################################################################################################################
 # States and collecters: what a collecter has in one process, and thin compositions of the parts above
+#
+# A collecter is a configuration and, by process id, a *state*, which owns all that works: a queue, a sender and their
+# thread; or a transport; or a log's file. Any thread may call it, and a signal handler or a __del__ in the middle of
+# any call, in the same thread. So no state has a lock but a log, whose threads take turns to write. All else that
+# several threads change is changed in one step (a phase, a turn, a deque, a dict); who waits looks at a condition, and
+# each change has him look again (_Signal).
+#
+# A signal handler may also raise at any line. What was accepted before is not lost by that: the thread delivers it, or
+# close(), or exit. And who closes a state takes what is left in one moment and tells of it in another: in between it is
+# neither's alone, and close() returns it to whoever asks, until one has told(). Twice beats never.
 ########################################################################################################################
 
 
@@ -3815,7 +3807,6 @@ if TYPE_CHECKING:
     class _State(Protocol):
         """What a collecter has in one process. A forked child makes its own and disowns its parent's."""
 
-        pid: int  # of the process whose it is
         on_error: "OnError"  # who is told, at exit, of what is not delivered; None: the log
 
         @property
@@ -3834,8 +3825,8 @@ if TYPE_CHECKING:
             Again: goes on where it was interrupted, and returns the same until told() says that it is known.
             """
 
-        def told(self) -> None:
-            """Note that somebody knows what close() has returned."""
+        def told(self) -> bool:
+            """Note that what close() has returned is known; return whether nobody knew it before."""
 
         def stats(self) -> "Dict[str, int]":
             """Return the counts; they balance."""
@@ -3844,21 +3835,21 @@ if TYPE_CHECKING:
             """Make all that waits due, and cut a back-off short. Waits for nothing."""
 
         def abandon(self) -> None:
-            """The collecter is gone: deliver what is left, in the background or at exit, then end."""
+            """The collecter is gone, closed or not: deliver what is left, in the background or at exit, then end."""
 
         def disown(self) -> None:
             """Close, in a forked child, the descriptors of the parent. Takes no lock."""
 
 
 def _close(state: "_State", timeout: "Optional[float]") -> None:
-    """Close *state*; raise with what it could not deliver."""
+    """Close *state*; raise with what it could not deliver, but in one of the threads that do so at once."""
     problem = state.close(timeout)
     if problem is not None:
         try:
             raise problem
         except AnalysysPythonSdkException:  # from here on a signal handler's has *problem* as its context
-            state.told()
-            raise
+            if state.told():
+                raise
 
 
 class _Signal:
@@ -3907,10 +3898,9 @@ class _Direct:
     hooks that run later may still track: a subinterpreter that ends with a thread ends the whole process.
     """
 
-    on_error = None
+    on_error: "OnError" = None
 
     def __init__(self, url: str, request_timeout: float, ssl_context: "Any", headers: "Dict[str, str]") -> None:
-        self.pid = os.getpid()
         self.closed = False
         self._timeout = request_timeout
         self._ledger = _Ledger()
@@ -3939,14 +3929,14 @@ class _Direct:
         """Nothing waits: each call returns after its record is delivered."""
 
     def close(self, timeout: "Optional[float]") -> None:  # all is told by the calls
-        self.closed, thread = not self._is_exit(), self._thread
+        self.closed, thread = not _is_exit(), self._thread
         self._transport.close()
         self._ended.notify()
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
-    def told(self) -> None:
-        """Nothing is left to tell."""
+    def told(self) -> bool:
+        return True
 
     def stats(self) -> "Dict[str, int]":
         return self._ledger.stats()
@@ -3960,11 +3950,8 @@ class _Direct:
     def disown(self) -> None:
         self._transport.disown()
 
-    def _is_exit(self) -> bool:
-        return not _HOOKS.get(self.pid, True)
-
     def _is_over(self) -> bool:
-        return self.closed or self._is_exit()
+        return self.closed or _is_exit()
 
     def _watch(self) -> None:
         if self._is_watched or self._transport.sweep() is None or not _threads_run() or not _register(self):
@@ -3985,37 +3972,37 @@ class _Direct:
             self._ended.wait_for(self._is_over, _CLOCK.now() + min(left, _LOOK_EVERY))  # some die sooner
             left = self._transport.sweep()
         self._is_watched = False
-        _OPEN.discard(self)
+        _OPEN.pop(self, None)
         if not self.closed:
             self._watch()
 
 
 class _Turn:
-    """Whose turn it is to send and to report: one thread's at a time. Nobody waits for it, so it cannot deadlock.
+    """Whose turn something is: one thread's at a time. Nobody waits for it, so it cannot deadlock.
 
     Taken and given in one step each, so that an exception out of a signal handler cannot lose it.
     """
 
     def __init__(self) -> None:
-        self._holders: "Dict[str, int]" = {}  # what for -> thread
+        self._holder: "Dict[str, int]" = {}  # empty, or which thread
 
-    def take(self, what: str = "send") -> bool:
-        """Return whether this thread has the turn. That to do something else than send is taken once and for all."""
-        return self._holders.setdefault(what, threading.get_ident()) == threading.get_ident()
+    def take(self) -> bool:
+        """Return whether this thread has the turn, now if not before."""
+        return self._holder.setdefault("thread", threading.get_ident()) == threading.get_ident()
 
     def give(self) -> None:
         if self.is_mine():
-            self._holders.pop("send", None)
+            self._holder.clear()
 
     def is_free(self) -> bool:
-        return "send" not in self._holders
+        return not self._holder
 
     def is_mine(self) -> bool:
-        return self._holders.get("send") == threading.get_ident()
+        return self._holder.get("thread") == threading.get_ident()
 
 
-# The phases of a _Worker; they only grow.
-_TAKES, _DROPPED, _CLOSING, _ENDED, _TOLD = range(5)
+# The phases of a _Worker. They only grow, but that one is dropped whose close() was interrupted.
+_TAKES, _DROPPED, _CLOSING, _ENDED = range(4)
 
 
 class _Worker:
@@ -4027,7 +4014,7 @@ class _Worker:
     can be started (at exit, under WebAssembly), whoever puts or flushes runs _step() in its place.
 
     No lock is held here at all. The queue guards itself; the turn is never waited for; all else is single assignments:
-    `_phase` only grows, `_goal` is written by who has the turn, and who wants it higher sets `_hurried` after its put,
+    `_phase` (see there), `_goal` is written by who has the turn, and who wants it higher sets `_hurried` after its put,
     which is cleared before the goal is read. A __del__, a signal handler or a fork may come in anywhere.
 
     The thread holds no reference to the collecter, so that a dropped collecter is noticed (see abandon()). Nor does it
@@ -4037,7 +4024,6 @@ class _Worker:
     def __init__(
         self, queue: "_Queue", sender: "_Sender", due_size: int, patience: "Optional[float]", on_error: "OnError"
     ) -> None:
-        self.pid = os.getpid()
         self._on_error: "Callable[[], OnError]" = _weakly(on_error)
         self._queue = queue
         self._sender = sender
@@ -4047,7 +4033,8 @@ class _Worker:
         self._goal = 0  # all up to this many accepted records are due
         self._hurried = False  # the goal is to be set anew
         self._changed = _Signal()  # its threshold is out of reach while the thread is awake or backs off
-        self._turn = _Turn()
+        self._turn = _Turn()  # to send and to report
+        self._telling = _Turn()  # to tell what close() has left: once, so it is not given back
         self._thread: "Optional[threading.Thread]" = None
 
     @property
@@ -4108,31 +4095,29 @@ class _Worker:
     def close(self, timeout: "Optional[float]") -> "Optional[Exception]":
         # Ctrl-C may end this anywhere: the next close() goes on from there, and all is given back until it is told.
         self._phase = max(self._phase, _CLOSING)
-        began, why = _CLOCK.now(), ""
+        deadline, why = float("inf") if timeout is None else _CLOCK.now() + timeout, ""
         try:
             self.flush(timeout)
         except AnalysysPythonSdkNetworkException:
             why = self._sender.outage.state()
-        self._phase, thread = max(self._phase, _ENDED), self._thread
+        self._phase, thread = _ENDED, self._thread
         # A queue on disk stays the thread's until its request is over, so that nobody sends the same meanwhile.
         left = [] if self._queue.is_durable and thread is not None else self._queue.close()
         self._changed.notify()
         if thread is None:
             self._end()
         elif not why and not self._turn.is_mine():
-            left_over = _LONGEST_WAIT if timeout is None else timeout - (_CLOCK.now() - began)
-            thread.join(max(0.0, min(left_over, _LONGEST_WAIT)))
+            thread.join(max(0.0, min(deadline - _CLOCK.now(), _LONGEST_WAIT)))
         if not left:
             self.told()
-        # Of threads that close it at once one has what is left, or exit has it: by then that one may be gone.
-        if self._phase == _TOLD or not self._turn.take("tell") and _HOOKS.get(self.pid, True):
+        if not self._telling.is_free():
             return None
         message = "%d records are not delivered: %s" % (len(left), why or "they came while the collecter was closed")
         return AnalysysPythonSdkNetworkException(message, _records(left))
 
-    def told(self) -> None:
-        self._phase = _TOLD
-        _OPEN.discard(self)
+    def told(self) -> bool:
+        _OPEN.pop(self, None)
+        return self._telling.take()
 
     def stats(self) -> "Dict[str, int]":
         return self._queue.ledger.stats()
@@ -4143,14 +4128,14 @@ class _Worker:
         self._wake()
 
     def abandon(self) -> None:
-        if self._phase == _TAKES:
+        if self._phase < _ENDED:  # also where a close() was interrupted
             self._phase = _DROPPED
         self._wake()
         if self._thread is None and self._is_finished():
             self._end()
 
     def disown(self) -> None:
-        self._sender.disown()
+        self._sender.transport.disown()
         self._queue.disown()
 
     def begin(self, deadline: float = float("inf")) -> bool:
@@ -4200,13 +4185,13 @@ class _Worker:
         self._wake()
         patience, advice = self._patience_here()
         self._changed.wait_for(is_over, _CLOCK.now() + patience)
-        if not waiting and self.closed:
+        if waiting:
+            return waiting
+        if self.closed:
             raise _closed()
-        if not waiting:
-            why = self.stats()["pending"], self._sender.outage.state(), advice
-            message = "the queue is full: %d records wait; %s%s" % why
-            raise AnalysysPythonSdkNetworkException(message, map(_decode, line.splitlines()))
-        return waiting
+        why = self.stats()["pending"], self._sender.outage.state(), advice
+        message = "the queue is full: %d records wait; %s%s" % why
+        raise AnalysysPythonSdkNetworkException(message, map(_decode, line.splitlines()))
 
     def _patience_here(self) -> "Tuple[float, str]":
         """Return how many seconds this thread may wait for room, and advice where that is not the usual."""
@@ -4257,7 +4242,7 @@ class _Worker:
                 self._hurried = False  # first: who hurries from now on hurries the next step
                 self._goal = self._queue.mark()[0]
             try:
-                self._sender.attempt(min(self._sender.timeout, deadline - _CLOCK.now()))
+                self._sender.attempt(deadline)
             except Exception as error:  # a disk that fails: the thread lives on
                 self._sender.outage.failed("%s: %s" % (type(error).__name__, error))
             self._changed.notify()
@@ -4283,7 +4268,7 @@ class _Worker:
         def is_over() -> bool:
             return self._is_finished() or self._is_due() or self._turn.is_free() and self._due_at() < at
 
-        self._sender.sweep()
+        self._sender.transport.sweep()
         # Not for ever: an exception out of a signal handler may have cut a put() before it woke us, and idle
         # connections grow old.
         nap = _NOTICE_EVERY if self._queue.is_durable else _LOOK_EVERY  # a disk is looked after
@@ -4327,9 +4312,9 @@ class _Worker:
         if self._queue.is_durable:
             self._queue.close()
             self._report()
-        self._sender.close()
-        if self._phase != _ENDED:  # else what is left is not told yet
-            _OPEN.discard(self)
+        self._sender.transport.close()
+        if self._phase == _DROPPED:  # else told() does it
+            _OPEN.pop(self, None)
 
 
 def _weakly(held: "Any") -> "Callable[[], Any]":
@@ -4370,17 +4355,19 @@ class _LogFile:
     The buffer needs none: put() appends, and only who writes removes, from the front and what is written. A call from
     inside a write (a signal handler, ``__del__``) must not wait for the write that it interrupts, whose thread is its
     own: it leaves its line in the buffer, and that write sees to it at its end. So nothing ever waits for itself.
+
+    An exception out of a signal handler may leave behind what tells that a write is under way: `_WRITES.log`, or up to
+    Python 3.10 the lock. So only the two together tell it, and the next write of that thread lets go of the lock.
     """
 
-    on_error = None
+    on_error: "OnError" = None
 
     clock = staticmethod(time.time)  # wall clock; replaceable for tests
 
     def __init__(self, directory: str, pattern: str, batch: int) -> None:
-        self.pid = os.getpid()
+        self.pid = os.getpid()  # of the process whose it is
         self.ledger = _Ledger()
-        # Guards all below but _buffer; held for a whole write. Re-entrant: up to Python 3.10 an exception out of a
-        # signal handler may leave it locked, and then this thread would wait for itself.
+        # Guards all below but _buffer. Re-entrant, so that it knows whose it is, and may be let go of by that thread.
         self._lock: "Any" = threading.RLock()
         self._directory = directory
         self._pattern = pattern  # for strftime
@@ -4424,7 +4411,7 @@ class _LogFile:
             return error
         self.closed = True
         if not self._buffer:  # else a write that this call interrupts sees to it, or exit
-            _OPEN.discard(self)
+            _OPEN.pop(self, None)
         if not self.is_writing() and self._lock.acquire(False):  # or else who is writing does it
             try:
                 self.disown()
@@ -4432,8 +4419,8 @@ class _LogFile:
                 self._lock.release()
         return None
 
-    def told(self) -> None:
-        """It is still to be written: it is told again."""
+    def told(self) -> bool:
+        return True  # what is not written may be yet: it is told again
 
     def take_back(self, lines: bytes) -> None:
         """Take back *lines*, which were written last, by one put()."""
@@ -4441,7 +4428,7 @@ class _LogFile:
             self._written -= self._file.take_back(lines)
 
     def is_writing(self) -> bool:
-        """Tell whether this thread does. Its lock is asked, too: an exception may leave `_WRITES.log` behind."""
+        """Tell whether this thread is inside a write of this log."""
         return _WRITES.log is self and bool(self._lock._is_owned())
 
     def hurry(self) -> None:
@@ -4449,7 +4436,7 @@ class _LogFile:
 
     def abandon(self) -> None:
         """The collecter is gone: write what is left, at exit if it cannot be now."""
-        if not _HOOKS.get(self.pid, True):  # exit has tried
+        if _is_exit():  # which has tried
             return
         problem: "Any" = self.close(1.0)
         if problem is not None:
@@ -4466,7 +4453,7 @@ class _LogFile:
 
     def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT) -> None:
         """Write what waits and then *line*, which may be empty."""
-        while self._lock._is_owned():  # left behind, see there; other threads wait for it
+        while self._lock._is_owned():  # left behind; other threads wait for it
             self._lock.release()
         outer = _WRITES.log  # which may not have its lock yet
         try:
@@ -4542,13 +4529,12 @@ class _Collecter:
     process this is, is asked at each call: some forks are made behind Python's back (uWSGI, a C library).
     """
 
-    _new_state: "Any" = None  # makes a state of the configuration
-
     def _start(self, config: "Record", closed: bool = False) -> None:
         self._config = config
         self._closed = closed
         self._states: "Dict[int, _State]" = {}
-        _notice_forks(self._states)  # first: what the first state makes ready is what no fork may come into
+        _hook_fork()  # first: what the first state makes ready is what no fork may come into
+        _ALL_STATES[id(self._states)] = self._states
         self._state()
 
     def uploadData(self, record: "Record") -> None:
@@ -4591,8 +4577,7 @@ class _Collecter:
             state = states.get(os.getpid())
             if state is not None:
                 state.on_error = self._config.get("on_error")  # which the state holds from here on
-                if not self._closed:
-                    state.abandon()
+                state.abandon()
         except Exception:
             if sys is not None and not sys.is_finalizing():  # else what we need is gone, and our exit hook has run
                 raise
@@ -4605,6 +4590,10 @@ class _Collecter:
     def __setstate__(self, pickled: "Record") -> None:
         self._start(pickled["config"], pickled["closed"])
 
+    def _new_state(self) -> "_State":
+        """Make what it has in this process, by its configuration."""
+        raise NotImplementedError
+
     def _state(self) -> "_State":
         pid = os.getpid()
         return self._states.get(pid) or self._new_process(pid)
@@ -4612,7 +4601,7 @@ class _Collecter:
     def _new_process(self, pid: int) -> "_State":
         # In a child of a fork no lock of ours may be taken before this: some thread of the parent may hold it for ever.
         # So two threads may each make a state, and one of the two stays.
-        fresh: "_State" = self._new_state(**self._config)
+        fresh = self._new_state()
         if self._closed:
             fresh.close(0)
         state = self._states.setdefault(pid, fresh)  # one step
@@ -4663,8 +4652,8 @@ class DefaultCollecter(_Collecter):
     ) -> None:
         self._start(_http_config(server_url, request_timeout, ssl_context, headers))
 
-
-DefaultCollecter._new_state = _Direct
+    def _new_state(self) -> _Direct:
+        return _Direct(**self._config)
 
 
 class BatchCollecter(_Collecter):
@@ -4712,43 +4701,26 @@ class BatchCollecter(_Collecter):
         config["request_size"] = _check("collecter_max_size", collecter_max_size, "size")
         config["queue_size"] = _check("queue_max_size", queue_max_size, "size")
         config["queue_timeout"] = _check("queue_timeout", queue_timeout)
-        config["spool_path"] = spool_path
-        if spool_path is not None:
-            config["spool_path"] = _check("spool_path", spool_path, "log_path")
+        config["spool_path"] = None if spool_path is None else _check("spool_path", spool_path, "log_path")
         config["spool_max_bytes"] = _check("spool_max_bytes", spool_max_bytes, "size")
         config["on_error"] = _check("on_error", on_error)
         self._start(config)
 
-
-
-def _batch_state(
-    url: str,
-    request_timeout: float,
-    ssl_context: "Any",
-    headers: "Dict[str, str]",
-    interval: float,
-    due_size: int,
-    request_size: int,
-    queue_size: int,
-    queue_timeout: "Optional[float]",
-    spool_path: "Optional[str]",
-    spool_max_bytes: int,
-    on_error: "OnError",
-) -> _Worker:
-    queue: "_Queue"
-    transport = _Transport(url, ssl_context, headers)
-    if spool_path is None:
-        due_size = min(due_size, queue_size)  # a full queue is due, too
-        queue = _MemoryQueue(queue_size, due_size, interval)
-    else:
-        queue = _Spool(spool_path, spool_max_bytes, due_size, interval)
-    worker = _Worker(queue, _Sender(transport, queue, request_size, request_timeout), due_size, queue_timeout, on_error)
-    if spool_path is not None:
-        worker.begin(_CLOCK.now())  # for what ended processes have left there; the caller does not send it
-    return worker
-
-
-BatchCollecter._new_state = staticmethod(_batch_state)
+    def _new_state(self) -> _Worker:
+        queue: "_Queue"
+        config = self._config
+        due_size, spool_path = config["due_size"], config["spool_path"]
+        transport = _Transport(config["url"], config["ssl_context"], config["headers"])
+        if spool_path is None:
+            due_size = min(due_size, config["queue_size"])  # a full queue is due, too
+            queue = _MemoryQueue(config["queue_size"], due_size, config["interval"])
+        else:
+            queue = _Spool(spool_path, config["spool_max_bytes"], due_size, config["interval"])
+        sender = _Sender(transport, queue, config["request_size"], config["request_timeout"])
+        worker = _Worker(queue, sender, due_size, config["queue_timeout"], config["on_error"])
+        if spool_path is not None:
+            worker.begin(_CLOCK.now())  # for what ended processes have left there; the caller does not send it
+        return worker
 
 
 class LogCollecter(_Collecter):
@@ -4777,8 +4749,8 @@ class LogCollecter(_Collecter):
             }
         )
 
-
-LogCollecter._new_state = _LogFile
+    def _new_state(self) -> _LogFile:
+        return _LogFile(**self._config)
 
 
 ########################################################################################################################
@@ -4789,10 +4761,14 @@ LogCollecter._new_state = _LogFile
 # together; hooks run in the reverse order of their registration, so one that runs after ours may still track: it finds
 # `_HOOKS` false, and its call delivers by itself. At a fork the child lets go of its parent's descriptors; all else it
 # finds out by its process id, at its next call, since not every fork runs hooks.
+#
+# What is left must be told however often a signal handler raises, and wherever. So an attempt at exit that is ended by
+# an exception is made again from its beginning. That harms nobody, since each state knows how far it came: it stays in
+# `_OPEN`, and its close() returns what it has left, until told() notes that somebody knows.
 
-# States with records that are not delivered, of this process and, in a forked child, of its parent. Not weak: they
-# outlive their collecters until they are done. The steps of a set are atomic.
-_OPEN: "set[_State]" = set()
+# States with records that are not delivered, of this process and, in a forked child, of its parent: by their process
+# ids. Not weak: they outlive their collecters until they are done. The steps of a dict are atomic.
+_OPEN: "Dict[_State, int]" = {}
 _ALL_STATES: "Dict[int, Dict[int, _State]]" = {}  # those of each collecter there is, by their id()
 _HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
 
@@ -4812,18 +4788,18 @@ def _register(state: "Any") -> bool:
         if process and util and type(process.current_process()).__name__ != "_MainProcess":
             util.Finalize(None, _deliver_at_exit, exitpriority=0)
     if _HOOKS[pid]:
-        _OPEN.add(state)
+        _OPEN[state] = pid
     return _HOOKS[pid]
 
 
-def _notice_forks(states: "Dict[int, _State]") -> None:
-    """Have a forked child of this process close its parent's descriptors at once, where Python can do that (3.7)."""
-    _hook_fork()
-    _ALL_STATES[id(states)] = states
+def _is_exit() -> bool:
+    """Tell whether the exit hook of this process has begun."""
+    return not _HOOKS.get(os.getpid(), True)
 
 
 @functools.lru_cache(None)  # once
 def _hook_fork() -> None:
+    """Have a forked child of this process close its parent's descriptors at once, where Python can do that (3.7)."""
     if _register_at_fork is not None:
         # By its name: where the module is reloaded, the hooks are for the new one.
         _register_at_fork(before=lambda: _FORK_GUARD.before(), after_in_parent=lambda: _FORK_GUARD.after_in_parent())
@@ -4847,26 +4823,21 @@ def _disown(states: "Dict[int, _State]") -> None:
 def _deliver_at_exit() -> None:
     """Close all that is open, within `_EXIT_TIMEOUT` in all; tell what could not be delivered.
 
-    A Ctrl-C ends the waiting, not the telling: each step goes on where it was interrupted.
+    A Ctrl-C ends the waiting, not the telling: the next attempt waits for nothing, and does what is not done yet.
     """
-    deadlines = iter([_CLOCK.now() + _EXIT_TIMEOUT])
+    deadlines = iter([_CLOCK.now() + _EXIT_TIMEOUT])  # of the first attempt
+    _despite_signals(lambda: _attempt_at_exit(next(deadlines, 0.0)))
+
+
+def _attempt_at_exit(deadline: float) -> None:
     _HOOKS[os.getpid()] = False  # what is put from here on is delivered by the call itself: begin() says so
-    states = [state for state in list(_OPEN) if state.pid == os.getpid()]
-    untold: "Dict[_State, Exception]" = {}
-    steps: "List[Callable[[float], None]]" = [functools.partial(_wait_at_exit, states)]
-    steps += [functools.partial(_close_at_exit, state, untold) for state in states]
-    steps += [functools.partial(_tell_at_exit, untold)]
-
-    def deliver() -> None:
-        deadline = next(deadlines, 0.0)
-        # A signal handler may have raised in the very moment in which these are cleared.
-        _LOGGING.now, _WRITES.log = False, None
-        _TELLING.discard((os.getpid(), threading.get_ident()))
-        while steps:
-            steps[0](deadline)
-            del steps[0]
-
-    _despite_signals(deliver)
+    # A signal handler may have raised in the very moment in which these are cleared.
+    _LOGGING.now, _WRITES.log = False, None
+    _TELLING.discard((os.getpid(), threading.get_ident()))
+    states = [state for state, pid in _OPEN.copy().items() if pid == os.getpid()]
+    _wait_at_exit(states, deadline)
+    problems = {state: _close_at_exit(state, deadline) for state in states}
+    _tell_at_exit({state: problem for state, problem in problems.items() if problem is not None})
 
 
 def _despite_signals(call: "Callable[[], None]", depth: int = 3) -> None:
@@ -4895,26 +4866,23 @@ def _wait_at_exit(states: "List[_State]", deadline: float) -> None:
             break
 
 
-def _close_at_exit(state: "_State", untold: "Dict[_State, Exception]", deadline: float) -> None:
-    """Close *state* and note what is to be told; whatever befalls one, the others have their turn."""
+def _close_at_exit(state: "_State", deadline: float) -> "Optional[Exception]":
+    """Close *state* and return what is to be told; whatever befalls one, the others have their turn."""
     problem: "Optional[Exception]" = None
     for _ in range(3):  # a signal handler may raise an Exception, too
         try:
-            problem = state.close(max(0.0, deadline - _CLOCK.now()))
-            break
+            return state.close(max(0.0, deadline - _CLOCK.now()))
         except Exception as error:
             problem, deadline = error, 0.0
-    if problem is not None:
-        untold[state] = problem
+    return problem
 
 
-def _tell_at_exit(untold: "Dict[_State, Exception]", deadline: float) -> None:
+def _tell_at_exit(untold: "Dict[_State, Exception]") -> None:
     for state, problem in list(untold.items()):
-        if state.on_error is not None:
-            on_error, state.on_error = state.on_error, None  # once: where that is interrupted, the log is told instead
-            if _tell(on_error, problem, getattr(problem, "records", [])):
-                state.told()
-                del untold[state]
+        on_error, state.on_error = state.on_error, None  # once: where that is interrupted, the log is told instead
+        if on_error is not None and _tell(on_error, problem, getattr(problem, "records", [])):
+            state.told()
+            del untold[state]
     number = sum(len(getattr(error, "records", ())) for error in untold.values())
     for _ in range(3 if number else 0):
         if _log("error", "%d records were not delivered at exit: %s", number, list(untold.values())[-1]):
