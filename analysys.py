@@ -4893,10 +4893,13 @@ def _register(state: "Any") -> bool:
             atexit.register(_deliver_at_exit)  # forked children inherit it
         # Once the main thread is over, exit hooks are running already and no new one is called.
         _HOOKS[pid] = threading.main_thread().is_alive()
-        # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process.
+        # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process,
+        # and not before it begins: then it forgets them. Hooks of a fork and modules that it imports come sooner.
         process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
-        if process and util and type(process.current_process()).__name__ != "_MainProcess":
-            util.Finalize(None, _deliver_at_exit, exitpriority=0)
+        if process and util:
+            util.register_after_fork(_deliver_with_threads, lambda hook: util.Finalize(None, hook, exitpriority=0))
+            if type(process.current_process()).__name__ != "_MainProcess":
+                util.Finalize(None, _deliver_with_threads, exitpriority=0)
     if _HOOKS[pid]:
         _OPEN.add(state)
     return _HOOKS[pid]
@@ -4953,6 +4956,27 @@ def _deliver_at_exit() -> None:
             del steps[0]
 
     _despite_signals(deliver)
+
+
+def _deliver_with_threads() -> None:
+    """Do so in a process of multiprocessing once its threads are over; Python 3.7 to 3.12 wait for them after this."""
+
+    def other() -> "Optional[threading.Thread]":
+        mine = threading.current_thread(), threading.main_thread()
+        return next((thread for thread in threading.enumerate() if not thread.daemon and thread not in mine), None)
+
+    def wait() -> None:
+        for thread in iter(other, None):
+            thread.join()
+        _deliver_at_exit()
+
+    if other() is not None and sys.version_info >= (3, 7):  # before, they end with the process
+        try:
+            threading.Thread(target=wait, daemon=False).start()
+            return
+        except RuntimeError:  # no more threads
+            pass
+    _deliver_at_exit()
 
 
 def _despite_signals(call: "Callable[[], None]", depth: int = 3) -> None:

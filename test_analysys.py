@@ -7441,6 +7441,60 @@ def test_processes_and_closed_pools_of_multiprocessing_deliver_at_their_end(meth
         assert sorted(server.names) == sorted(["parent0", "parent1"] + numbered("process", 2) + numbered("pool", 6))
 
 
+@pytest.mark.parametrize("method", ["spawn"] + ["fork", "forkserver"] * hasattr(os, "fork"))
+def test_what_is_tracked_before_a_process_of_multiprocessing_begins_is_delivered_at_its_end(method):
+    with FaultyServer() as server:
+        done = run("""
+            import multiprocessing
+            def track(name):                           # in one step, though processes share the output
+                tracker.track("user", name)
+                os.write(1, (name + "\\n").encode())
+            def work(number):
+                track("work%%d" %% number)
+                if number:                             # a process of a process
+                    start(number - 1)
+            def start(number):
+                worker = multiprocessing.get_context(%r).Process(target=work, args=(number,))
+                worker.start()
+                worker.join(20)
+                assert worker.exitcode == 0, worker.exitcode
+            tracker = tracker_to(waiting())
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=lambda: track("forked"))
+            track("imported")
+            if __name__ == "__main__":
+                start(1)
+        """ % method, server.url)
+        tracked = sorted(done.out.split())
+        assert {"imported", "work0", "work1"}.issubset(tracked)
+        wait_until(lambda: len(server.names) >= len(tracked))       # a forkserver ends after its last process
+        assert sorted(server.names) == tracked
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="before, threads end with a process of multiprocessing")
+@pytest.mark.parametrize("kind, method", [(KINDS[3], "spawn")] + [(kind, "fork") for kind in ["waiting()", KINDS[4]]])
+def test_threads_of_a_process_of_multiprocessing_track_until_their_own_end(kind, method, tmp_path):
+    with FaultyServer() as server:
+        run("""
+            import multiprocessing
+            def late():
+                threading.main_thread().join(20)       # the process is ending
+                tracker.track("user", "late")
+                threading.Thread(target=tracker.track, args=("user", "later")).start()
+            def work():
+                global tracker
+                tracker = tracker_to(%s)
+                tracker.track("user", "early")
+                threading.Thread(target=late).start()
+            if __name__ == "__main__":
+                worker = multiprocessing.get_context(%r).Process(target=work)
+                worker.start()
+                worker.join(30)
+                assert worker.exitcode == 0, worker.exitcode
+        """ % (kind, method), server.url, tmp_path)
+        assert server.names + lines_in(tmp_path) == ["early", "late", "later"]
+
+
 # ---------------------------------------------------------------------------
 # Environments
 # ---------------------------------------------------------------------------
