@@ -343,7 +343,7 @@ def _log(level: str, message: str, *values: object) -> bool:
         _LOGGING.now = True
         logger = logging.getLogger(_LOGGER)
         if level == "info" and not logger.hasHandlers():  # debug mode is seen without any configuration
-            logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None))
+            logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, "", 0, message, values, None))
         else:
             getattr(logger, level)(message, *values)
         return True

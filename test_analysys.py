@@ -7563,6 +7563,24 @@ def test_the_file_works_under_another_name_in_a_package_and_from_a_zip(name, tmp
     assert digest() in done.out and done.out.count("SearchCommodity") >= 3
 
 
+def test_the_text_works_where_it_has_no_file_as_in_a_notebook_or_a_frozen_program(tmp_path):
+    with FaultyServer() as server:
+        script = """if 1:
+            import sys
+            names = {"__name__": "pasted"}
+            exec(open(sys.argv[1], encoding="utf-8").read(), names)
+            for kind in "DefaultCollecter", "BatchCollecter", "LogCollecter":
+                tracker = names["AnalysysPythonSdk"](names[kind](sys.argv[2 + (kind == "LogCollecter")]))
+                tracker.setAppId("app")
+                tracker.setDebugMode(2)
+                tracker.track("user", kind)
+                tracker.close()"""
+        done = python("-c", script, SOURCE, server.url, tmp_path)
+        sent = ["DefaultCollecter", "BatchCollecter"]
+        assert (done.status, server.names, lines_in(tmp_path)) == (0, sent, ["LogCollecter"]), done
+        assert re.findall("record .*xwhat.:.([A-Za-z]+)", done.err) == sent + ["LogCollecter"]
+
+
 # ---------------------------------------------------------------------------
 # The receiver
 # ---------------------------------------------------------------------------
