@@ -4494,12 +4494,12 @@ class _LogFile:
         if self.closed:  # by another thread, while we were here
             _close(self, None)
 
-    def flush(self, timeout: "Optional[float]" = None) -> None:
+    def flush(self, timeout: "Optional[float]" = None, is_postponed: bool = False) -> None:
         """Write what waits, or raise and keep it."""
         if self._buffer and _WRITES.are_under_way():
             _WRITES.postponed += (self,)
         elif self._buffer:
-            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
+            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT), is_postponed)
 
     def close(self, timeout: "Optional[float]" = None) -> "Optional[Exception]":
         """Write what waits, then take no more; where that fails, stay open."""
@@ -4550,8 +4550,8 @@ class _LogFile:
         counts["delivered"] += written
         return counts
 
-    def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT) -> None:
-        """Write what waits and then *line*, which may be empty."""
+    def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT, is_postponed: bool = False) -> None:
+        """Write what waits and then *line*, which may be empty; then, but for a postponed write, what was postponed."""
         while self._lock._is_owned():  # left behind, see there; other threads wait for it
             self._lock.release()
         outer = _WRITES.log  # which may not have its lock yet
@@ -4574,7 +4574,7 @@ class _LogFile:
                     self.disown()
         finally:
             _WRITES.log = outer
-            if _WRITES.postponed:
+            if _WRITES.postponed and not is_postponed:
                 _write_postponed()
 
     def _note_line(self) -> None:
@@ -4611,13 +4611,17 @@ _WRITES = _Writes()
 
 
 def _write_postponed() -> None:
-    logs, _WRITES.postponed = _WRITES.postponed, ()
-    for log in logs:
-        try:
-            if log.pid == os.getpid():  # else we were forked inside that write
-                log.flush()
-        except AnalysysPythonSdkFileException as error:
-            _log("error", "records wait for the next write: %s", error)
+    """Write what calls from inside a write have left; where that is so in each of these writes too, the rest waits."""
+    for _ in range(100):
+        logs, _WRITES.postponed = _WRITES.postponed, ()
+        for log in set(logs):
+            try:
+                if log.pid == os.getpid():  # else we were forked inside that write
+                    log.flush(is_postponed=True)
+            except AnalysysPythonSdkFileException as error:
+                _log("error", "records wait for the next write: %s", error)
+        if not _WRITES.postponed:
+            break
 
 
 class _Collecter:

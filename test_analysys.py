@@ -2960,6 +2960,30 @@ def test_a_line_that_comes_inside_a_write_is_written_when_that_write_ends(tmp_pa
     assert at > 20
 
 
+@pytest.mark.parametrize("options", ["", ", is_batch=True, batch_num=2"])
+def test_where_each_write_brings_another_line_a_call_returns_and_all_lines_are_there_in_the_end(options, tmp_path):
+    run("""
+        collecter, hooks, tracked, depths = LogCollecter(folder%s), [], [], []
+        def track(name):
+            collecter.uploadData(event(name))
+            tracked.append(name)
+        def hook(frame, kind, called):
+            if kind == "c_call" and called in (os.write, os.stat) and not hooks:
+                hooks.append(called)                   # it is in no hook of its own
+                depths.append(len(list(traceback.walk_stack(frame))))
+                track("hook")
+                hooks.clear()
+        sys.setprofile(hook)
+        for _ in range(4):
+            track("outer")
+        sys.setprofile(None)
+        assert tracked.count("outer") == 4 and "hook" in tracked and max(depths) < 50
+        collecter.flush()
+        balanced(collecter, delivered=len(tracked), pending=0)
+    """ % options, URL, tmp_path, before="import traceback\n")
+    assert set(lines_in(tmp_path)) == {"outer", "hook"} and lines_in(tmp_path).count("outer") == 4
+
+
 @linux_only
 @pytest.mark.parametrize("make", ["BatchCollecter(url, spool_path='spool')", "LogCollecter('logs')"])
 def test_a_relative_path_where_the_current_directory_is_gone_is_refused_by_its_name(make):
