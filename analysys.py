@@ -1564,11 +1564,12 @@ class _Transport:
         self._url = url
         self._headers = headers
         self._where = urllib.request.Request(url)
-        self._pool = _Connections(ssl_context if ssl_context or url.startswith("http:") else _verified())
+        self._proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
+        is_tls = "https" in (self._where.type, self._proxy_scheme())  # a proxy's is shaken hands with as a server's
+        self._pool = _Connections(ssl_context or (_verified() if is_tls else None))
         handler = urllib.request.BaseHandler()
         for scheme in ("http", "https"):
             setattr(handler, scheme + "_open", self._pool.open)
-        self._proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.ProxyHandler(self._proxies))
         self._opener.add_handler(handler)
@@ -1603,8 +1604,9 @@ class _Transport:
     def where(self) -> str:
         """Return the address posted to and the proxy on the way to it, for messages, without credentials."""
         proxy = self.proxy()
-        scheme = self._proxies.get(self._where.type, "").partition("://")[0].lower()
-        other = proxy and re.match("socks", scheme) and ", to which we speak HTTP and not %s" % _printable(scheme)
+        scheme = self._proxy_scheme()
+        is_other = re.match("socks", scheme) or scheme == self._where.type == "https"  # CONNECT goes over plain HTTP
+        other = proxy and is_other and ", to which we speak HTTP and not %s" % _printable(scheme)
         return _printable(self._url) + (proxy and " through the proxy " + _printable(proxy)) + (other or "")
 
     def proxy(self) -> str:
@@ -1615,6 +1617,9 @@ class _Transport:
         if not proxy or urllib.request.proxy_bypass(self._where.host):
             return ""
         return re.sub(r"^.*://|/*$", "", proxy.rpartition("@")[2])
+
+    def _proxy_scheme(self) -> str:
+        return self._proxies.get(self._where.type, "").partition("://")[0].lower()
 
     def sweep(self) -> "Optional[float]":
         """Close idle connections that are old or dead; return after how many seconds to do so again, if ever.

@@ -2063,6 +2063,18 @@ def test_http_uses_the_proxy_of_the_environment_and_heeds_no_proxy(monkeypatch):
         assert "proxy" not in mishap(not_loopback(server.url))
 
 
+def test_a_proxy_of_http_that_speaks_tls_gets_it_and_is_verified_as_a_server_is(tmp_path, monkeypatch):
+    with Server(certificate=CERTIFICATE) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert "ssl_context" in mishap("http://nowhere.invalid") and not proxy.requests
+        (tmp_path / "ca.pem").write_text(CA)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        events(tracker_to(DefaultCollecter("http://nowhere.invalid:8089/a")), 2)
+        assert [request.target for request in proxy.requests] == ["http://nowhere.invalid:8089/a/up"] * 2
+        monkeypatch.setenv("https_proxy", proxy.url)   # no Python opens a tunnel over TLS
+        assert "to which we speak HTTP and not https: " in mishap("https://nowhere.invalid")
+
+
 def resolves_to(monkeypatch, *addresses):
     """Let every host name have these addresses."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
