@@ -4695,10 +4695,11 @@ class _Collecter:
     def __getstate__(self) -> "Record":
         if self._config.get("ssl_context") is not None:
             raise TypeError("a collecter with an ssl_context cannot be pickled: make it in the worker process")
-        return {"config": self._config, "closed": self._closed}
+        return {name: value for name, value in self.__dict__.items() if name != "_states"}  # a subclass's, too
 
     def __setstate__(self, pickled: "Record") -> None:
-        self._start(pickled["config"], pickled["closed"])
+        self.__dict__.update(pickled)
+        self._start(self._config, self._closed)
 
     def _state(self) -> "_State":
         pid = os.getpid()

@@ -6258,6 +6258,43 @@ def test_pickles_carry_on_error_and_debug_mode_and_refuse_an_ssl_context(capsys)
             pickle.dumps(kind(URL, ssl_context=ssl.create_default_context()))
 
 
+class Tagging:
+    """What a user's subclass of a collecter adds: a setting of its own, and what it does with it."""
+
+    def __init__(self, *arguments, tag):
+        super().__init__(*arguments)
+        self.tag = tag
+
+    def uploadData(self, record):
+        super().uploadData(dict(record, xwhat=record["xwhat"] + self.tag))
+
+
+class TaggingDefault(Tagging, DefaultCollecter):
+    pass
+
+
+class TaggingBatch(Tagging, BatchCollecter):
+    pass
+
+
+class TaggingLog(Tagging, LogCollecter):
+    pass
+
+
+@pytest.mark.parametrize("copied", [lambda one: pickle.loads(pickle.dumps(one)), copy.copy, copy.deepcopy],
+                         ids=["pickle", "copy", "deepcopy"])
+@pytest.mark.parametrize("kind", [TaggingDefault, TaggingBatch, TaggingLog])
+def test_a_copy_of_a_subclass_of_a_collecter_has_what_the_subclass_added(kind, copied, tmp_path):
+    with FaultyServer() as server:
+        original = kind(str(tmp_path) if kind is TaggingLog else server.url, tag="_tagged")
+        with tracker_to(copied(original)) as other:
+            track(other, "copied")
+            assert balanced(other.sink)["accepted"] == 1
+        with tracker_to(original) as own:              # which goes on
+            track(own, "own")
+        assert server.names + lines_in(tmp_path) == ["copied_tagged", "own_tagged"]
+
+
 def test_a_hundred_collecters_made_used_and_dropped_leave_nothing_behind(tmp_path):
     with FaultyServer() as server:
         run("""
