@@ -2957,6 +2957,7 @@ class _LineQueue:
 #   tells other processes apart, and a forked child does not inherit it; but to copies in one process it says yes, and
 #   closing *any* descriptor of a file drops the process's lock. So a file that this process has open already, by any
 #   copy, is not opened again: it is claimed here. A lock on the directory keeps two copies from looking at once.
+#   Where somebody else in this process reads such a file (a backup), the lock is back within a second.
 #   The process id in a name proves nothing: ids repeat, in containers all the time.
 # - An owner whose NAME.lock somebody removed makes it anew within a second, if it lives. Until then, and if it does not
 #   live, its files look abandoned, and must not stay for ever: whoever finds them makes the lock file and claims it.
@@ -3142,9 +3143,12 @@ class _Owner:
         return file.is_done()
 
     def keep_lock(self) -> None:
-        """Make the lock file anew where somebody removed it."""
+        """Lock the lock file again, and make it anew where somebody removed it."""
         try:
-            if self._lock_fd < 0 or os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
+            if self._lock_fd < 0:
+                return
+            if os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
+                _try_lock(self._lock_fd, _LOCKF)  # again: somebody else in this process may have read and closed it
                 return
         except FileNotFoundError:
             os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)

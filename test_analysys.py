@@ -4482,6 +4482,19 @@ def test_what_somebody_removes_is_noticed_within_a_second_rejected_and_told_and_
 
 
 @posix_only
+def test_where_somebody_else_in_a_process_reads_its_spool_the_lock_is_back_within_a_second(tmp_path):
+    def is_free():                                     # for other processes
+        script = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        return python("-S", "-c", script, lock).status == 0
+    with FaultyServer(listening=False) as server, spooling(server, tmp_path) as collecter:
+        collecter.uploadData(event("here"))
+        lock, = tmp_path.glob("*.lock")
+        assert not is_free()
+        lock.read_bytes()                              # which closes it; POSIX has it that the process's lock goes
+        wait_until(lambda: not is_free())
+
+
+@posix_only
 def test_what_somebody_removes_just_before_the_end_is_rejected_and_told_too(tmp_path):
     def check(what):
         folder, told = tmp_path / what / "spool", []
