@@ -5039,7 +5039,8 @@ def _tell_at_exit(untold: "Dict[_State, Exception]", deadline: float) -> None:
             if _tell(on_error, problem, getattr(problem, "records", [])):
                 state.told()
                 del untold[state]
-    number = sum(len(getattr(error, "records", ())) for error in untold.values())
+    # An error that is not ours (no memory, say) has no records: then what the state still holds.
+    number = sum(len(getattr(error, "records", ())) or state.stats()["pending"] for state, error in untold.items())
     for _ in range(3 if number else 0):
         if _log("error", "%d records were not delivered at exit: %s", number, list(untold.values())[-1]):
             break

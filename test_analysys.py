@@ -4050,7 +4050,7 @@ def test_children_forked_while_a_spool_is_read_do_not_hang(tmp_path):
 @posix_only
 def test_a_lock_file_that_cannot_be_used_keeps_no_other_files_from_being_adopted(tmp_path):
     leave(tmp_path, "left")
-    (tmp_path / "0000000000001-1-00000000.lock").mkdir()
+    (tmp_path / "0000000000000-1-00000000.lock").mkdir()
     with FaultyServer() as server, spooling(server, tmp_path):
         wait_until(lambda: server.names == ["left"], 4)
 
@@ -6512,6 +6512,16 @@ def test_at_exit_collecters_that_fail_take_nothing_from_the_others(tmp_path):
                 open(os.path.join(folder, str(number)), "w").close()       # where the folder should be
         """ % mute.url, server.url, tmp_path)
         assert sorted(server.names) == ["e0", "e8"] and "7 records were not delivered at exit" in done.err
+
+
+def test_exit_also_counts_what_fails_by_an_error_that_is_none_of_ours(tmp_path):
+    done = run("""
+        collecter = LogCollecter(folder, True)
+        for number in range(3):
+            collecter.uploadData(event("e%d" % number))
+        analysys._LogFile.clock = staticmethod(lambda: 1e300)           # as good as no memory: OverflowError
+    """, URL, tmp_path)
+    assert "3 records were not delivered at exit" in done.err and not lines_in(tmp_path)
 
 
 def test_what_a_closed_collecter_left_on_disk_is_not_waited_for_at_exit(tmp_path):
