@@ -337,10 +337,10 @@ def _log(level: str, message: str, *values: object) -> bool:
     went well: sys.exit() in a signal handler may have cut it short."""
     import logging
 
-    if getattr(_LOGGING, "now", False):
+    if getattr(_LOGGING, "now", None) == os.getpid():
         return True
     try:
-        _LOGGING.now = True
+        _LOGGING.now = os.getpid()
         logger = logging.getLogger(_LOGGER)
         if level == "info" and not logger.hasHandlers():  # debug mode is seen without any configuration
             logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, "", 0, message, values, None))
@@ -352,10 +352,10 @@ def _log(level: str, message: str, *values: object) -> bool:
             raise
         return False
     finally:
-        _LOGGING.now = False
+        _LOGGING.now = None
 
 
-_LOGGING = threading.local()  # .now: whether this thread is logging for us
+_LOGGING = threading.local()  # .now: in which process this thread is logging for us
 
 
 def _ends_here(mishap: BaseException) -> bool:
@@ -4612,8 +4612,8 @@ class _Writes(threading.local):
     postponed: "Tuple[_LogFile, ...]" = ()  # what it is to flush when that write is over
 
     def are_under_way(self) -> bool:
-        """Tell whether this thread is inside a write."""
-        return self.log is not None and self.log.is_writing()
+        """Tell whether this thread is inside a write, and not a child of a fork inside one, which never comes back."""
+        return self.log is not None and self.log.pid == os.getpid() and self.log.is_writing()
 
 
 _WRITES = _Writes()
@@ -4963,7 +4963,7 @@ def _deliver_at_exit() -> None:
     def deliver() -> None:
         deadline = next(deadlines, 0.0)
         # A signal handler may have raised in the very moment in which these are cleared.
-        _LOGGING.now, _WRITES.log = False, None
+        _LOGGING.now = _WRITES.log = None
         _TELLING.discard((os.getpid(), threading.get_ident()))
         while steps:
             steps[0](deadline)
@@ -8310,7 +8310,7 @@ class _Doctor:
         context = {"$lib": _LIB, "$lib_version": __version__, "$platform": _LIB, "$is_login": False, "$debug": 1}
         record = {"appid": self._arguments.app_id, "xwho": "analysys-check", "xwhat": "analysys_check"}
         record.update(xwhen=int(time.time() * 1000), xcontext=context)
-        _LOGGING.now = True  # in this thread: what debug mode logs is shown as this step
+        _LOGGING.now = os.getpid()  # in this thread: what debug mode logs is shown as this step
         url, seconds = self._parts.geturl(), self._arguments.request_timeout
         collecter = DefaultCollecter(url, seconds, ssl_context=self._context, headers=self._headers)
         try:

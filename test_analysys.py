@@ -6788,7 +6788,7 @@ def test_wherever_a_signal_handler_raises_in_close_or_at_exit_each_record_left_i
                 collecter.uploadData(event("e%d" % number))
             came = disturbed(close if name == "close" else exits_here, step,
                              interrupt if name == "close" or step % 3 else time_out)
-            analysys._LOGGING.now = True               # as if it had raised in the very moment in which they are cleared
+            analysys._LOGGING.now = os.getpid()        # as if it had raised in the very moment in which they are cleared
             analysys._TELLING.add((os.getpid(), threading.get_ident()))
             state = collecter._state()
             while state._queue.ledger.lock._is_owned():            # in a `with` that was about to unlock it
@@ -7045,6 +7045,48 @@ def test_what_a_fork_hook_that_is_older_than_ours_tracks_is_sent_once(kind, tmp_
         if hasattr(os, "register_at_fork"):
             names += ["before", "after_in_parent", "after_in_child"]
         assert sorted(server.names + lines_in(tmp_path)) == sorted(names)
+
+
+@posix_only
+@pytest.mark.parametrize("options", ["", ", is_batch=True"])
+def test_a_child_forked_inside_a_write_of_its_parent_is_inside_none(options, each_fork, tmp_path):
+    run("""
+        collecter, pids = LogCollecter(folder%s), []
+        def work():
+            sys.setprofile(None)
+            collecter.uploadData(event("child"))
+            collecter.flush()
+        def hook(frame, kind, called):                 # as a signal handler that keeps a number of workers
+            if kind == "c_call" and called is os.write and not pids:
+                pids.append(None)
+                pids[0] = child(work)
+        sys.setprofile(hook)
+        collecter.uploadData(event("parent"))
+        collecter.flush()
+        sys.setprofile(None)
+        reap(*pids)
+    """ % options, URL, tmp_path)
+    assert sorted(lines_in(tmp_path)) == ["child", "parent"]
+
+
+@posix_only
+def test_a_child_forked_inside_a_logging_handler_logs(each_fork):
+    done = run("""
+        class Forking(logging.Handler):
+            def emit(self, record):
+                os.write(1, re.search("Parent|Child", record.getMessage()).group().encode() + b"\\n")
+                if not pids:
+                    pids.append(None)
+                    pids[0] = child(tracker.track, "user", "Child")
+        pids, tracker = [], AnalysysPythonSdk(type("Sink", (), dict.fromkeys(["uploadData", "flush", "close"], len))())
+        tracker.setAppId("app")
+        tracker.setDebugMode(1)
+        logging.getLogger().addHandler(Forking())
+        logging.getLogger().setLevel("INFO")
+        tracker.track("user", "Parent")
+        reap(*pids)
+    """, before="import re\n")
+    assert done.out.split() == ["Parent", "Child"], done
 
 
 @posix_only
