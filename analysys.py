@@ -338,13 +338,13 @@ def _log(level: str, message: str, *values: object) -> bool:
     went well: sys.exit() in a signal handler may have cut it short."""
     import logging
 
-    if getattr(_LOGGING, "now", False):
+    if getattr(_LOGGING, "now", None) == os.getpid():
         return True
     try:
-        _LOGGING.now = True
+        _LOGGING.now = os.getpid()
         logger = logging.getLogger(_LOGGER)
         if level == "info" and not logger.hasHandlers():  # debug mode is seen without any configuration
-            logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, __file__, 0, message, values, None))
+            logging.StreamHandler().handle(logger.makeRecord(_LOGGER, logging.INFO, "", 0, message, values, None))
         else:
             getattr(logger, level)(message, *values)
         return True
@@ -353,10 +353,10 @@ def _log(level: str, message: str, *values: object) -> bool:
             raise
         return False
     finally:
-        _LOGGING.now = False
+        _LOGGING.now = None
 
 
-_LOGGING = threading.local()  # .now: whether this thread is logging for us
+_LOGGING = threading.local()  # .now: in which process this thread is logging for us
 
 
 def _ends_here(mishap: BaseException) -> bool:
@@ -1574,11 +1574,12 @@ class _Transport:
         self._url = url
         self._headers = headers
         self._where = urllib.request.Request(url)
-        self._pool = _Connections(ssl_context if ssl_context or url.startswith("http:") else _verified())
+        self._proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
+        is_tls = "https" in (self._where.type, self._proxy_scheme())  # a proxy's is shaken hands with as a server's
+        self._pool = _Connections(ssl_context or (_verified() if is_tls else None))
         handler = urllib.request.BaseHandler()
         for scheme in ("http", "https"):
             setattr(handler, scheme + "_open", self._pool.open)
-        self._proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(urllib.request.ProxyHandler(self._proxies))
         self._opener.add_handler(handler)
@@ -1611,8 +1612,9 @@ class _Transport:
     def where(self) -> str:
         """Return the address posted to and the proxy on the way to it, for messages, without credentials."""
         proxy = self.proxy()
-        scheme = self._proxies.get(self._where.type, "").partition("://")[0].lower()
-        other = proxy and re.match("socks", scheme) and ", to which we speak HTTP and not %s" % _printable(scheme)
+        scheme = self._proxy_scheme()
+        is_other = re.match("socks", scheme) or scheme == self._where.type == "https"  # CONNECT goes over plain HTTP
+        other = proxy and is_other and ", to which we speak HTTP and not %s" % _printable(scheme)
         return _printable(self._url) + (proxy and " through the proxy " + _printable(proxy)) + (other or "")
 
     def proxy(self) -> str:
@@ -1623,6 +1625,9 @@ class _Transport:
         if not proxy or urllib.request.proxy_bypass(self._where.host):
             return ""
         return re.sub(r"^.*://|/*$", "", proxy.rpartition("@")[2])
+
+    def _proxy_scheme(self) -> str:
+        return self._proxies.get(self._where.type, "").partition("://")[0].lower()
 
     def sweep(self) -> "Optional[float]":
         """Close idle connections that are old or dead; return after how many seconds to do so again, if ever.
@@ -2922,6 +2927,7 @@ class _LineQueue:
 #   tells other processes apart, and a forked child does not inherit it; but to copies in one process it says yes, and
 #   closing *any* descriptor of a file drops the process's lock. So a file that this process has open already, by any
 #   copy, is not opened again: it is claimed here. A lock on the directory keeps two copies from looking at once.
+#   Where somebody else in this process reads such a file (a backup), the lock is back within a second.
 #   The process id in a name proves nothing: ids repeat, in containers all the time.
 # - An owner whose NAME.lock somebody removed makes it anew within a second, if it lives. Until then, and if it does not
 #   live, its files look abandoned, and must not stay for ever: whoever finds them makes the lock file and claims it.
@@ -3103,9 +3109,10 @@ class _Owner:
             raise stuck
 
     def keep_lock(self) -> None:
-        """Make the lock file anew where somebody removed it."""
+        """Lock the lock file again, and make it anew where somebody removed it."""
         try:
             if os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
+                _try_lock(self._lock_fd, _LOCKF)  # again: somebody else in this process may have read and closed it
                 return
         except FileNotFoundError:
             os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)
@@ -4395,12 +4402,12 @@ class _LogFile:
         if self.closed:  # by another thread, while we were here
             _close(self, None)
 
-    def flush(self, timeout: "Optional[float]" = None) -> None:
+    def flush(self, timeout: "Optional[float]" = None, is_postponed: bool = False) -> None:
         """Write what waits, or raise and keep it."""
         if self._buffer and _WRITES.are_under_way():
             _WRITES.postponed += (self,)
         elif self._buffer:
-            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
+            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT), is_postponed)
 
     def close(self, timeout: "Optional[float]" = None) -> "Optional[Exception]":
         """Write what waits, then take no more; where that fails, stay open."""
@@ -4451,8 +4458,8 @@ class _LogFile:
         counts["delivered"] += written
         return counts
 
-    def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT) -> None:
-        """Write what waits and then *line*, which may be empty."""
+    def _write(self, line: bytes, patience: float = _LOCK_TIMEOUT, is_postponed: bool = False) -> None:
+        """Write what waits and then *line*, which may be empty; then, but for a postponed write, what was postponed."""
         while self._lock._is_owned():  # left behind; other threads wait for it
             self._lock.release()
         outer = _WRITES.log  # which may not have its lock yet
@@ -4475,7 +4482,7 @@ class _LogFile:
                     self.disown()
         finally:
             _WRITES.log = outer
-            if _WRITES.postponed:
+            if _WRITES.postponed and not is_postponed:
                 _write_postponed()
 
     def _note_line(self) -> None:
@@ -4504,21 +4511,25 @@ class _Writes(threading.local):
     postponed: "Tuple[_LogFile, ...]" = ()  # what it is to flush when that write is over
 
     def are_under_way(self) -> bool:
-        """Tell whether this thread is inside a write."""
-        return self.log is not None and self.log.is_writing()
+        """Tell whether this thread is inside a write, and not a child of a fork inside one, which never comes back."""
+        return self.log is not None and self.log.pid == os.getpid() and self.log.is_writing()
 
 
 _WRITES = _Writes()
 
 
 def _write_postponed() -> None:
-    logs, _WRITES.postponed = _WRITES.postponed, ()
-    for log in logs:
-        try:
-            if log.pid == os.getpid():  # else we were forked inside that write
-                log.flush()
-        except AnalysysPythonSdkFileException as error:
-            _log("error", "records wait for the next write: %s", error)
+    """Write what calls from inside a write have left; where that is so in each of these writes too, the rest waits."""
+    for _ in range(100):
+        logs, _WRITES.postponed = _WRITES.postponed, ()
+        for log in set(logs):
+            try:
+                if log.pid == os.getpid():  # else we were forked inside that write
+                    log.flush(is_postponed=True)
+            except AnalysysPythonSdkFileException as error:
+                _log("error", "records wait for the next write: %s", error)
+        if not _WRITES.postponed:
+            break
 
 
 class _Collecter:
@@ -4585,10 +4596,11 @@ class _Collecter:
     def __getstate__(self) -> "Record":
         if self._config.get("ssl_context") is not None:
             raise TypeError("a collecter with an ssl_context cannot be pickled: make it in the worker process")
-        return {"config": self._config, "closed": self._closed}
+        return {name: value for name, value in self.__dict__.items() if name != "_states"}  # a subclass's, too
 
     def __setstate__(self, pickled: "Record") -> None:
-        self._start(pickled["config"], pickled["closed"])
+        self.__dict__.update(pickled)
+        self._start(self._config, self._closed)
 
     def _new_state(self) -> "_State":
         """Make what it has in this process, by its configuration."""
@@ -4783,10 +4795,13 @@ def _register(state: "Any") -> bool:
             atexit.register(_deliver_at_exit)  # forked children inherit it
         # Once the main thread is over, exit hooks are running already and no new one is called.
         _HOOKS[pid] = threading.main_thread().is_alive()
-        # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process.
+        # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process,
+        # and not before it begins: then it forgets them. Hooks of a fork and modules that it imports come sooner.
         process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
-        if process and util and type(process.current_process()).__name__ != "_MainProcess":
-            util.Finalize(None, _deliver_at_exit, exitpriority=0)
+        if process and util:
+            util.register_after_fork(_deliver_with_threads, lambda hook: util.Finalize(None, hook, exitpriority=0))
+            if type(process.current_process()).__name__ != "_MainProcess":
+                util.Finalize(None, _deliver_with_threads, exitpriority=0)
     if _HOOKS[pid]:
         _OPEN[state] = pid
     return _HOOKS[pid]
@@ -4832,12 +4847,33 @@ def _deliver_at_exit() -> None:
 def _attempt_at_exit(deadline: float) -> None:
     _HOOKS[os.getpid()] = False  # what is put from here on is delivered by the call itself: begin() says so
     # A signal handler may have raised in the very moment in which these are cleared.
-    _LOGGING.now, _WRITES.log = False, None
+    _LOGGING.now = _WRITES.log = None
     _TELLING.discard((os.getpid(), threading.get_ident()))
     states = [state for state, pid in _OPEN.copy().items() if pid == os.getpid()]
     _wait_at_exit(states, deadline)
     problems = {state: _close_at_exit(state, deadline) for state in states}
     _tell_at_exit({state: problem for state, problem in problems.items() if problem is not None})
+
+
+def _deliver_with_threads() -> None:
+    """Do so in a process of multiprocessing once its threads are over; Python 3.7 to 3.12 wait for them after this."""
+
+    def other() -> "Optional[threading.Thread]":
+        mine = threading.current_thread(), threading.main_thread()
+        return next((thread for thread in threading.enumerate() if not thread.daemon and thread not in mine), None)
+
+    def wait() -> None:
+        for thread in iter(other, None):
+            thread.join()
+        _deliver_at_exit()
+
+    if other() is not None and sys.version_info >= (3, 7):  # before, they end with the process
+        try:
+            threading.Thread(target=wait, daemon=False).start()
+            return
+        except RuntimeError:  # no more threads
+            pass
+    _deliver_at_exit()
 
 
 def _despite_signals(call: "Callable[[], None]", depth: int = 3) -> None:
@@ -4883,7 +4919,8 @@ def _tell_at_exit(untold: "Dict[_State, Exception]") -> None:
         if on_error is not None and _tell(on_error, problem, getattr(problem, "records", [])):
             state.told()
             del untold[state]
-    number = sum(len(getattr(error, "records", ())) for error in untold.values())
+    # An error that is not ours (no memory, say) has no records: then what the state still holds.
+    number = sum(len(getattr(error, "records", ())) or state.stats()["pending"] for state, error in untold.items())
     for _ in range(3 if number else 0):
         if _log("error", "%d records were not delivered at exit: %s", number, list(untold.values())[-1]):
             break
@@ -7473,10 +7510,6 @@ def _remove(path: str, identity: "Any") -> bool:
 
 def _upload(arguments: "Any") -> int:
     """Deliver files of lines, or check them only."""
-    fd = os.open(os.devnull, os.O_RDWR)
-    while fd <= 2:  # where 2>&- closed one of the three, no file of ours is to take its place
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
     if not arguments.follow or arguments.dry_run:
         for path in itertools.filterfalse(_is_there, arguments.path):
             raise _illegal("PATH", path, "must be a directory, a file, or -")
@@ -8053,7 +8086,7 @@ class _Doctor:
         return _Finding("WARN", text, advice) if abs(off) > _CLOCK_OFF else _Finding("OK", text, None)
 
     def _event(self) -> "_Finding":
-        _LOGGING.now = True  # in this thread: what debug mode logs is shown as this step
+        _LOGGING.now = os.getpid()  # in this thread: what debug mode logs is shown as this step
         url, seconds = self._parts.geturl(), self._arguments.request_timeout
         tracker = AnalysysPythonSdk(DefaultCollecter(url, seconds, ssl_context=self._context, headers=self._headers))
         tracker.setAppId(self._arguments.app_id)
@@ -8227,6 +8260,10 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         for name in ("host", "log_path", "spool_path", "forward", "checkpoint", "ca"):
             if getattr(arguments, name, None) == "":
                 raise _illegal("--" + name.replace("_", "-"), "", "must not be empty: is a variable not set?")
+        fd = os.open(os.devnull, os.O_RDWR)
+        while fd <= 2:  # where 2>&- closed one of the three, no file and no connection of ours is to take its place
+            fd = os.open(os.devnull, os.O_RDWR)
+        os.close(fd)
         return int(arguments.run(arguments))
     except AnalysysPythonSdkIllegalDataException as error:
         _print_error("analysys", error)

@@ -2064,6 +2064,18 @@ def test_http_uses_the_proxy_of_the_environment_and_heeds_no_proxy(monkeypatch):
         assert "proxy" not in mishap(not_loopback(server.url))
 
 
+def test_a_proxy_of_http_that_speaks_tls_gets_it_and_is_verified_as_a_server_is(tmp_path, monkeypatch):
+    with Server(certificate=CERTIFICATE) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert "ssl_context" in mishap("http://nowhere.invalid") and not proxy.requests
+        (tmp_path / "ca.pem").write_text(CA)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        events(tracker_to(DefaultCollecter("http://nowhere.invalid:8089/a")), 2)
+        assert [request.target for request in proxy.requests] == ["http://nowhere.invalid:8089/a/up"] * 2
+        monkeypatch.setenv("https_proxy", proxy.url)   # no Python opens a tunnel over TLS
+        assert "to which we speak HTTP and not https: " in mishap("https://nowhere.invalid")
+
+
 def resolves_to(monkeypatch, *addresses):
     """Let every host name have these addresses."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
@@ -2959,6 +2971,30 @@ def test_a_line_that_comes_inside_a_write_is_written_when_that_write_ends(tmp_pa
         assert sorted(names[-2:]) == ["inner", "outer"] and len(names) == 2 * at
         at += 1
     assert at > 20
+
+
+@pytest.mark.parametrize("options", ["", ", is_batch=True, batch_num=2"])
+def test_where_each_write_brings_another_line_a_call_returns_and_all_lines_are_there_in_the_end(options, tmp_path):
+    run("""
+        collecter, hooks, tracked, depths = LogCollecter(folder%s), [], [], []
+        def track(name):
+            collecter.uploadData(event(name))
+            tracked.append(name)
+        def hook(frame, kind, called):
+            if kind == "c_call" and called in (os.write, os.stat) and not hooks:
+                hooks.append(called)                   # it is in no hook of its own
+                depths.append(len(list(traceback.walk_stack(frame))))
+                track("hook")
+                hooks.clear()
+        sys.setprofile(hook)
+        for _ in range(4):
+            track("outer")
+        sys.setprofile(None)
+        assert tracked.count("outer") == 4 and "hook" in tracked and max(depths) < 50
+        collecter.flush()
+        balanced(collecter, delivered=len(tracked), pending=0)
+    """ % options, URL, tmp_path, before="import traceback\n")
+    assert set(lines_in(tmp_path)) == {"outer", "hook"} and lines_in(tmp_path).count("outer") == 4
 
 
 @linux_only
@@ -4067,7 +4103,7 @@ def test_children_forked_while_a_spool_is_read_do_not_hang(tmp_path):
 @posix_only
 def test_a_lock_file_that_cannot_be_used_keeps_no_other_files_from_being_adopted(tmp_path):
     leave(tmp_path, "left")
-    (tmp_path / "0000000000001-1-00000000.lock").mkdir()
+    (tmp_path / "0000000000000-1-00000000.lock").mkdir()
     with FaultyServer() as server, spooling(server, tmp_path):
         wait_until(lambda: server.names == ["left"], 4)
 
@@ -4496,6 +4532,19 @@ def test_what_somebody_removes_is_noticed_within_a_second_rejected_and_told_and_
             wait_until(lambda: server.names == ["next"])
     assert analysys._NOTICE_EVERY == 1
     all_at_once(check, list(REMOVALS))
+
+
+@posix_only
+def test_where_somebody_else_in_a_process_reads_its_spool_the_lock_is_back_within_a_second(tmp_path):
+    def is_free():                                     # for other processes
+        script = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        return python("-S", "-c", script, lock).status == 0
+    with FaultyServer(listening=False) as server, spooling(server, tmp_path) as collecter:
+        collecter.uploadData(event("here"))
+        lock, = tmp_path.glob("*.lock")
+        assert not is_free()
+        lock.read_bytes()                              # which closes it; POSIX has it that the process's lock goes
+        wait_until(lambda: not is_free())
 
 
 @posix_only
@@ -6289,6 +6338,43 @@ def test_pickles_carry_on_error_and_debug_mode_and_refuse_an_ssl_context(capsys)
             pickle.dumps(kind(URL, ssl_context=ssl.create_default_context()))
 
 
+class Tagging:
+    """What a user's subclass of a collecter adds: a setting of its own, and what it does with it."""
+
+    def __init__(self, *arguments, tag):
+        super().__init__(*arguments)
+        self.tag = tag
+
+    def uploadData(self, record):
+        super().uploadData(dict(record, xwhat=record["xwhat"] + self.tag))
+
+
+class TaggingDefault(Tagging, DefaultCollecter):
+    pass
+
+
+class TaggingBatch(Tagging, BatchCollecter):
+    pass
+
+
+class TaggingLog(Tagging, LogCollecter):
+    pass
+
+
+@pytest.mark.parametrize("copied", [lambda one: pickle.loads(pickle.dumps(one)), copy.copy, copy.deepcopy],
+                         ids=["pickle", "copy", "deepcopy"])
+@pytest.mark.parametrize("kind", [TaggingDefault, TaggingBatch, TaggingLog])
+def test_a_copy_of_a_subclass_of_a_collecter_has_what_the_subclass_added(kind, copied, tmp_path):
+    with FaultyServer() as server:
+        original = kind(str(tmp_path) if kind is TaggingLog else server.url, tag="_tagged")
+        with tracker_to(copied(original)) as other:
+            track(other, "copied")
+            assert balanced(other.sink)["accepted"] == 1
+        with tracker_to(original) as own:              # which goes on
+            track(own, "own")
+        assert server.names + lines_in(tmp_path) == ["copied_tagged", "own_tagged"]
+
+
 def test_a_hundred_collecters_made_used_and_dropped_leave_nothing_behind(tmp_path):
     with FaultyServer() as server:
         run("""
@@ -6493,6 +6579,16 @@ def test_at_exit_collecters_that_fail_take_nothing_from_the_others(tmp_path):
                 open(os.path.join(folder, str(number)), "w").close()       # where the folder should be
         """ % mute.url, server.url, tmp_path)
         assert sorted(server.names) == ["e0", "e8"] and "7 records were not delivered at exit" in done.err
+
+
+def test_exit_also_counts_what_fails_by_an_error_that_is_none_of_ours(tmp_path):
+    done = run("""
+        collecter = LogCollecter(folder, True)
+        for number in range(3):
+            collecter.uploadData(event("e%d" % number))
+        analysys._LogFile.clock = staticmethod(lambda: 1e300)           # as good as no memory: OverflowError
+    """, URL, tmp_path)
+    assert "3 records were not delivered at exit" in done.err and not lines_in(tmp_path)
 
 
 def test_what_a_closed_collecter_left_on_disk_is_not_waited_for_at_exit(tmp_path):
@@ -6759,7 +6855,7 @@ def test_wherever_a_signal_handler_raises_in_close_or_at_exit_each_record_left_i
                 collecter.uploadData(event("e%d" % number))
             came = disturbed(close if name == "close" else exits_here, step,
                              interrupt if name == "close" or step % 3 else time_out)
-            analysys._LOGGING.now = True               # as if it had raised in the very moment in which they are cleared
+            analysys._LOGGING.now = os.getpid()        # as if it had raised in the very moment in which they are cleared
             analysys._TELLING.add((os.getpid(), threading.get_ident()))
             state = collecter._state()
             while state._queue.ledger.lock._is_owned():            # in a `with` that was about to unlock it
@@ -7016,6 +7112,48 @@ def test_what_a_fork_hook_that_is_older_than_ours_tracks_is_sent_once(kind, tmp_
         if hasattr(os, "register_at_fork"):
             names += ["before", "after_in_parent", "after_in_child"]
         assert sorted(server.names + lines_in(tmp_path)) == sorted(names)
+
+
+@posix_only
+@pytest.mark.parametrize("options", ["", ", is_batch=True"])
+def test_a_child_forked_inside_a_write_of_its_parent_is_inside_none(options, each_fork, tmp_path):
+    run("""
+        collecter, pids = LogCollecter(folder%s), []
+        def work():
+            sys.setprofile(None)
+            collecter.uploadData(event("child"))
+            collecter.flush()
+        def hook(frame, kind, called):                 # as a signal handler that keeps a number of workers
+            if kind == "c_call" and called is os.write and not pids:
+                pids.append(None)
+                pids[0] = child(work)
+        sys.setprofile(hook)
+        collecter.uploadData(event("parent"))
+        collecter.flush()
+        sys.setprofile(None)
+        reap(*pids)
+    """ % options, URL, tmp_path)
+    assert sorted(lines_in(tmp_path)) == ["child", "parent"]
+
+
+@posix_only
+def test_a_child_forked_inside_a_logging_handler_logs(each_fork):
+    done = run("""
+        class Forking(logging.Handler):
+            def emit(self, record):
+                os.write(1, re.search("Parent|Child", record.getMessage()).group().encode() + b"\\n")
+                if not pids:
+                    pids.append(None)
+                    pids[0] = child(tracker.track, "user", "Child")
+        pids, tracker = [], AnalysysPythonSdk(type("Sink", (), dict.fromkeys(["uploadData", "flush", "close"], len))())
+        tracker.setAppId("app")
+        tracker.setDebugMode(1)
+        logging.getLogger().addHandler(Forking())
+        logging.getLogger().setLevel("INFO")
+        tracker.track("user", "Parent")
+        reap(*pids)
+    """, before="import re\n")
+    assert done.out.split() == ["Parent", "Child"], done
 
 
 @posix_only
@@ -7508,6 +7646,60 @@ def test_processes_and_closed_pools_of_multiprocessing_deliver_at_their_end(meth
         assert sorted(server.names) == sorted(["parent0", "parent1"] + numbered("process", 2) + numbered("pool", 6))
 
 
+@pytest.mark.parametrize("method", ["spawn"] + ["fork", "forkserver"] * hasattr(os, "fork"))
+def test_what_is_tracked_before_a_process_of_multiprocessing_begins_is_delivered_at_its_end(method):
+    with FaultyServer() as server:
+        done = run("""
+            import multiprocessing
+            def track(name):                           # in one step, though processes share the output
+                tracker.track("user", name)
+                os.write(1, (name + "\\n").encode())
+            def work(number):
+                track("work%%d" %% number)
+                if number:                             # a process of a process
+                    start(number - 1)
+            def start(number):
+                worker = multiprocessing.get_context(%r).Process(target=work, args=(number,))
+                worker.start()
+                worker.join(20)
+                assert worker.exitcode == 0, worker.exitcode
+            tracker = tracker_to(waiting())
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=lambda: track("forked"))
+            track("imported")
+            if __name__ == "__main__":
+                start(1)
+        """ % method, server.url)
+        tracked = sorted(done.out.split())
+        assert {"imported", "work0", "work1"}.issubset(tracked)
+        wait_until(lambda: len(server.names) >= len(tracked))       # a forkserver ends after its last process
+        assert sorted(server.names) == tracked
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="before, threads end with a process of multiprocessing")
+@pytest.mark.parametrize("kind, method", [(KINDS[3], "spawn")] + [(kind, "fork") for kind in ["waiting()", KINDS[4]]])
+def test_threads_of_a_process_of_multiprocessing_track_until_their_own_end(kind, method, tmp_path):
+    with FaultyServer() as server:
+        run("""
+            import multiprocessing
+            def late():
+                threading.main_thread().join(20)       # the process is ending
+                tracker.track("user", "late")
+                threading.Thread(target=tracker.track, args=("user", "later")).start()
+            def work():
+                global tracker
+                tracker = tracker_to(%s)
+                tracker.track("user", "early")
+                threading.Thread(target=late).start()
+            if __name__ == "__main__":
+                worker = multiprocessing.get_context(%r).Process(target=work)
+                worker.start()
+                worker.join(30)
+                assert worker.exitcode == 0, worker.exitcode
+        """ % (kind, method), server.url, tmp_path)
+        assert server.names + lines_in(tmp_path) == ["early", "late", "later"]
+
+
 # ---------------------------------------------------------------------------
 # Environments
 # ---------------------------------------------------------------------------
@@ -7574,6 +7766,24 @@ def test_the_file_works_under_another_name_in_a_package_and_from_a_zip(name, tmp
     done = python("-I", "-S", "-OO", "-c", script, place, module)
     assert (done.status, done.err) == (0, "")
     assert digest() in done.out and done.out.count("SearchCommodity") >= 3
+
+
+def test_the_text_works_where_it_has_no_file_as_in_a_notebook_or_a_frozen_program(tmp_path):
+    with FaultyServer() as server:
+        script = """if 1:
+            import sys
+            names = {"__name__": "pasted"}
+            exec(open(sys.argv[1], encoding="utf-8").read(), names)
+            for kind in "DefaultCollecter", "BatchCollecter", "LogCollecter":
+                tracker = names["AnalysysPythonSdk"](names[kind](sys.argv[2 + (kind == "LogCollecter")]))
+                tracker.setAppId("app")
+                tracker.setDebugMode(2)
+                tracker.track("user", kind)
+                tracker.close()"""
+        done = python("-c", script, SOURCE, server.url, tmp_path)
+        sent = ["DefaultCollecter", "BatchCollecter"]
+        assert (done.status, server.names, lines_in(tmp_path)) == (0, sent, ["LogCollecter"]), done
+        assert re.findall("record .*xwhat.:.([A-Za-z]+)", done.err) == sent + ["LogCollecter"]
 
 
 # ---------------------------------------------------------------------------
