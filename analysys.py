@@ -2751,7 +2751,8 @@ class _Source:
         self.offset, self.number, holes = position  # where the last settled line ends, and how many end there
         # What is to be read, in order: where a range begins, how many lines come before it, where it ends.
         self.ranges: "List[Tuple[int, int, float]]" = [*map(tuple, holes), (self.offset, self.number, float("inf"))]
-        self.flight: "collections.OrderedDict[int, _Line]" = collections.OrderedDict()  # by where they begin, in order
+        # By where they begin, in order. A plain dict, for `settled` looks into it while others change it.
+        self.flight: "Dict[int, _Line]" = {}
         self.is_read = False  # to its end, as far as that was there
         self._reader: "Optional[_Reader]" = None  # of the first range
 
