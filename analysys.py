@@ -5857,7 +5857,9 @@ def _open_site(arguments: "Any") -> "_Site":
     tls, log, forward = _server_tls(arguments.tls), None, None
     if arguments.log_path:
         log = LogCollecter(arguments.log_path)
-        log._put(b"", False)  # it is made, and raises, now
+        found = _look_at_directory(arguments.log_path, False, 0)
+        if found.state == "FAIL":
+            raise AnalysysPythonSdkFileException("--log-path: " + found.seen)
     if arguments.forward:
         told = functools.partial(_print_error, "not forwarded")
         forward = BatchCollecter(arguments.forward, 1, 500, 500, spool_path=arguments.spool_path, on_error=told)

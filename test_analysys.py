@@ -8694,14 +8694,6 @@ def test_log_path_has_what_was_accepted_on_disk_before_the_answer(tmp_path):
         assert lines == good
 
 
-@posix_only
-def test_what_else_lies_in_its_log_path_does_not_keep_serve_from_writing(tmp_path):
-    (tmp_path / "rejected.log").symlink_to("elsewhere")
-    os.mkfifo(str(tmp_path / "datas_2018072510.log"))
-    with serving("--log-path", tmp_path) as server:
-        assert post(server.url, ONE)[1]["code"] == 200
-
-
 def test_what_cannot_be_written_is_not_accepted(tmp_path):
     folder = tmp_path / "gone"
     with serving("--log-path", folder) as server:
