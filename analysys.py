@@ -106,6 +106,7 @@ _register_at_fork: "Any" = getattr(os, "register_at_fork", None)  # not in 3.6, 
 
 TYPE_CHECKING = False  # what type checkers take for true: `typing` costs 5 ms to import
 if TYPE_CHECKING:
+    import http.client
     import ssl
     from datetime import datetime
     from types import TracebackType
@@ -1908,7 +1909,7 @@ class _Connections:
         if tunnel:
             connection.set_tunnel(tunnel, headers={"Proxy-Authorization": credentials} if credentials else {})
         connection.descriptor, connection.body = (-1, None), b""
-        connection.response_class = functools.partial(_response_class(), connection)
+        connection.response_class = functools.partial(_response, connection)
         connection._create_connection = functools.partial(_dial, connection)
         connection.send = functools.partial(_send_in_time, connection)
         self._all.add(connection)
@@ -1998,17 +1999,18 @@ def _send_in_time(connection: "Any", data: bytes) -> None:
         connection.sock.sendall(view[start : start + _TLS_RECORD])
 
 
-@functools.lru_cache(None)  # once
+def _response(connection: "Any", sock: "Any", *arguments: "Any", **named: "Any") -> "http.client.HTTPResponse":
+    """Make the response that http.client would, but let it read through an `_Answering` file, and past any 1xx."""
+    response: "http.client.HTTPResponse" = _response_class()(_Answering(connection, sock), *arguments, **named)
+    return response
+
+
+@functools.lru_cache(maxsize=None)
 def _response_class() -> "Any":
-    """Return http.client's class of responses, but one that reads through an `_Answering` file, and past any 1xx: that
-    one passes over 100 only, not over 103 Early Hints."""
+    """Return http.client's class of responses, but for 1xx: that one passes over 100 only, not over 103 Early Hints."""
     import http.client
 
     class Response(http.client.HTTPResponse):
-        def __init__(self, connection: "Any", sock: "Any", *arguments: "Any", **named: "Any") -> None:
-            source: "Any" = _Answering(connection, sock)
-            super().__init__(source, *arguments, **named)
-
         def _read_status(self) -> "Tuple[str, int, str]":
             while True:
                 found: "Tuple[str, int, str]" = super()._read_status()  # type: ignore[misc]
