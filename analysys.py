@@ -6690,10 +6690,8 @@ class _Listing:
             else:
                 parts.append([path])
         if parts != self._parts:  # directories that have not changed are the same objects: that is quick
-            found = list(itertools.chain.from_iterable(parts))
-            if len(parts) > 1:
-                found = list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
-            self._parts, self._found = parts, found
+            found = {self._file(path): path for path in itertools.chain.from_iterable(parts)}
+            self._parts, self._found = parts, list(found.values())
         return self._found
 
     def may_grow(self, path: str) -> bool:
@@ -6733,6 +6731,17 @@ class _Listing:
         if text not in self._told:
             self._told.add(text)
             _print("analysys: " + text, "stderr")
+
+    def _file(self, path: str) -> object:
+        """Return what names of one file have in common: links, and what lies in a directory that is given twice."""
+        try:
+            named = found = os.lstat(path)
+            if stat.S_ISLNK(named.st_mode):
+                found = os.stat(path)
+        except OSError:
+            return path
+        is_read = named.st_uid == found.st_uid or path in self.paths  # else it must not stand for the file's own name
+        return _inode(found) if is_read and found.st_ino and path != "-" else path
 
     def _list(self, folder: str) -> "List[str]":
         """Return the log files in a directory, and name what else looks like records."""
@@ -7511,7 +7520,7 @@ class _Places:
         """Tell whether the file of another name that *entry* is about is still there, beside that of *text*."""
         try:
             with _open_text(os.path.join(os.path.dirname(text.path), entry["name"]), text.check) as other:
-                return other.fits(entry)
+                return other.identity[:2] != text.identity[:2] and other.fits(entry)
         except Exception:  # what unpacks has many
             return False
 
@@ -7741,7 +7750,8 @@ class _Checkpoints:
         self._only = only and os.path.abspath(only)
         self._listing = listing
         self._nowhere = _Checkpoint(None)
-        self._open: "Dict[str, _Checkpoint]" = {}  # by its path
+        self._open: "Dict[str, _Checkpoint]" = {}  # by its path, of which a directory may have several,
+        self._folders: "Dict[Tuple[int, int], _Checkpoint]" = {}  # and by the directory
         self._sync_at = 0.0
         self.rejected: "Dict[str, _RejectedLog]" = {}  # by its directory, those that were written to
 
@@ -7752,8 +7762,11 @@ class _Checkpoints:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         where = self._only or os.path.join(os.path.abspath(folder), "upload.checkpoint")
         if where not in self._open:
-            self._open[where] = _Checkpoint(_Journal(where))
-            self._open[where].open(self._names())
+            directory = _inode(os.stat(folder or os.curdir))
+            if self._only or directory not in self._folders:
+                self._folders[directory] = _Checkpoint(_Journal(where))
+                self._folders[directory].open(self._names())
+            self._open[where] = self._folders[directory]
         return self._open[where]
 
     def _names(self) -> "Iterator[str]":

@@ -9369,6 +9369,33 @@ def test_a_renamed_file_is_taken_for_the_one_that_was_read_furthest(tmp_path):
         assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 50
 
 
+@posix_only
+def test_a_file_that_has_several_names_is_delivered_once_also_as_it_grows(tmp_path, monkeypatch):
+    folder, other = tmp_path / "a", tmp_path / "b"
+    folder.mkdir()
+    other.symlink_to("a")
+    path = log_file(folder / "datas_2.log", "a")
+    monkeypatch.setattr(analysys, "_SYNC_EVERY", 0.0)
+
+    def acts():
+        for number, name in enumerate("bcdefgh"):
+            wait_until(lambda: len(server.names) > number)
+            if name == "d":
+                (folder / "datas_1.log").symlink_to("datas_2.log")
+                os.link(str(path), str(folder / "datas_3.log"))
+            with path.open("a") as file:
+                file.write(lines_of(name))
+        wait_until(lambda: len(server.names) >= 8)
+        looks()
+    with FaultyServer() as server:
+        assert follow(monkeypatch, acts, folder, other, "--server", server.url).status == 0
+        assert server.names == list("abcdefgh")
+        for paths in [[folder], [folder, other], [other, folder], [path, other / "datas_1.log"]]:
+            assert ship(*paths, "--server", server.url).out == NOTHING_NEW % 8
+            assert ship(*paths, "--dry-run").out.endswith("\n8 lines are good, 0 are not, 0 conflicts\n")
+    assert (folder / "upload.checkpoint").read_text().count('"name"') == 1      # it is not two that note down each other
+
+
 @linux_only
 def test_a_file_whose_name_is_not_utf_8_is_delivered_once_like_any_other(tmp_path):
     log_file(tmp_path / "datas_1.log", "a")
