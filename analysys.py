@@ -7007,8 +7007,7 @@ class _StreamText(_Text):
 
     def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
         super().__init__(path, raw, file, check)
-        self.is_packed = file is not raw
-        self._has_more = True  # what is buffered, select() does not know of
+        self.is_packed = not isinstance(file, _Input)
         self._ahead = b""  # what is to come again
 
     def go(self, offset: int) -> bool:
@@ -7021,8 +7020,7 @@ class _StreamText(_Text):
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         if data:
             return data
-        self.is_paused = not self.is_packed and not self._has_more and not _is_ready(self._raw)
-        self._has_more = False
+        self.is_paused = not self.is_packed and not self._file.is_ready()
         return b"" if self.is_paused else bytes(self._file.read1(size))
 
     def _pass(self, data: bytes, kept: int = 0) -> None:
@@ -7033,14 +7031,52 @@ class _StreamText(_Text):
         return b""
 
 
+class _Input:
+    """Standard input for what unpacks it. It waits for more only as long as nobody asks to stop."""
+
+    WHOLE = 12  # bytes that are asked for at once and must come at once: what a packed text is known by, and its end
+
+    def __init__(self, raw: "Any", check: "Callable[[], None]") -> None:
+        self._raw = raw
+        self._check = check
+        self._ahead = b""  # what was looked at
+
+    def look(self, size: int) -> bytes:
+        """Return what comes next, *size* bytes or more of it; fewer only at the end."""
+        data: "Any" = b"-"
+        while data and len(self._ahead) < size:
+            while not _is_ready(self._raw):
+                self._check()
+            data = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+            self._ahead += data or b""
+            data = b"-" if data is None else data  # it does not block, and there was nothing after all
+        return self._ahead
+
+    def is_ready(self) -> bool:
+        """Wait a moment; return whether read1() would not wait."""
+        return bool(self._ahead) or _is_ready(self._raw)
+
+    def read(self, size: int) -> bytes:
+        self.look(min(size, self.WHOLE))
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        return data
+
+    def read1(self, size: int) -> bytes:
+        self.look(1)
+        return self.read(min(size, len(self._ahead)))
+
+    def close(self) -> None:
+        self._raw.close()
+
+
 def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text":
     """Open a regular file without waiting for anything, or standard input, whatever packs it."""
     if path == "-":
-        raw: "Any" = io.open(0, "rb", closefd=False)
-        while not _is_ready(raw):
-            check()
-        _check_form(raw.peek(_HASHED))
-        return _StreamText(path, raw, _unpacking(raw.peek(_HASHED), raw), check)
+        raw: "Any" = io.open(0, "rb", buffering=0, closefd=False)
+        stream = _Input(raw, check)
+        head = stream.look(_Input.WHOLE)
+        _check_form(head)
+        return _StreamText(path, raw, _unpacking(head, stream), check)
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     raw = io.open(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     if raw is None:
@@ -7554,7 +7590,9 @@ class _Shipment(_LineQueue):
     def remaining(self) -> "Tuple[int, bool]":
         """Return how many lines are not settled, and whether that is all, as far as can be counted in a moment."""
         self._stop.grant(_COUNT_STOPPED if self._stop.asked else _COUNT)
-        left, self.files.due_at = self.ledger.stats()["pending"], float("inf")
+        left = self.ledger.stats()["pending"]
+        if self.files.due_at:  # else it was stopped before it looked at all
+            self.files.due_at = float("inf")
         self._inhand = []
         try:
             log = self._source()

@@ -9508,14 +9508,49 @@ def test_a_long_line_that_comes_on_standard_input_in_pieces_is_delivered_once_an
 
 
 @posix_only
-def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path):
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path, packed):
+    packing = zlib.compressobj(wbits=31)
+    data = lines_of("a").encode()
+    data = packing.compress(data) + packing.flush(zlib.Z_SYNC_FLUSH) if packed else data
     with FaultyServer() as server, shipper("-", "--server", server.url, "--batch", "1", cwd=str(tmp_path)) as started:
-        started.stdin.write(lines_of("a").encode())
+        started.stdin.write(data)
         started.stdin.flush()
         wait_until(lambda: server.names == ["a"])
         started.send_signal(signal.SIGTERM)
         assert started.wait(20) == 2                   # more may come, or half a line has come
         assert started.stdout.read().startswith(b"delivered 1, rejected 0, remaining more than 0\n")
+
+
+@posix_only
+@pytest.mark.parametrize("packing", [None, "gzip", "bz2", "lzma"])
+def test_standard_input_may_come_in_pieces_and_not_block_whatever_packs_it(tmp_path, packing):
+    pack = __import__(packing).compress if packing else bytes
+    data = pack(lines_of("a", "b").encode()) + pack(lines_of("c").encode())
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)                       # as a parent that runs an event loop may leave it
+    with FaultyServer() as server, shipper("-", "--server", server.url, cwd=str(tmp_path), stdin=ours) as started:
+        for piece in data[:1], data[1:3], data[3:-1], data[-1:]:
+            os.write(theirs, piece)
+            wait_until(lambda: not select.select([ours], [], [], 0)[0])
+        os.close(theirs)
+        os.close(ours)
+        assert ended(started) == (0, "delivered 3, rejected 0, remaining 0\n", "")
+        assert server.names == ["a", "b", "c"]
+
+
+@posix_only
+def test_a_signal_that_comes_before_anything_was_looked_at_is_said_too(tmp_path, monkeypatch):
+    log_file(tmp_path / "datas_1.log", "a")
+    replace = os.replace
+
+    def stopped(*paths):                               # when the checkpoint is made
+        replace(*paths)
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(os, "replace", stopped)
+    with FaultyServer() as server, heeding(signal.SIGTERM):
+        assert ship(tmp_path, "--server", server.url) == (
+            2, "delivered 0, rejected 0, remaining 1\n", "analysys: not all is delivered: it was stopped\n")
 
 
 def test_delete_removes_what_is_wholly_delivered_but_never_the_current_periods_nor_the_newest(tmp_path):
