@@ -7732,10 +7732,6 @@ def _remove(path: str, identity: "Any") -> bool:
 
 def _upload(arguments: "Any") -> int:
     """Deliver files of lines, or check them only."""
-    fd = os.open(os.devnull, os.O_RDWR)
-    while fd <= 2:  # where 2>&- closed one of the three, no file of ours is to take its place
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
     if not arguments.follow or arguments.dry_run:
         for path in itertools.filterfalse(_is_there, arguments.path):
             raise _illegal("PATH", path, "must be a directory, a file, or -")
@@ -8498,6 +8494,10 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         for name in ("host", "log_path", "spool_path", "forward", "checkpoint", "ca"):
             if getattr(arguments, name, None) == "":
                 raise _illegal("--" + name.replace("_", "-"), "", "must not be empty: is a variable not set?")
+        fd = os.open(os.devnull, os.O_RDWR)
+        while fd <= 2:  # where 2>&- closed one of the three, no file and no connection of ours is to take its place
+            fd = os.open(os.devnull, os.O_RDWR)
+        os.close(fd)
         return int(arguments.run(arguments))
     except AnalysysPythonSdkIllegalDataException as error:
         _print_error("analysys", error)

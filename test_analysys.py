@@ -8554,6 +8554,18 @@ def test_a_closed_or_full_output_ends_nothing():
     all_at_once(end, [(command, shell) for command in commands for shell in shells])
 
 
+@linux_only
+def test_no_file_and_no_connection_takes_the_place_of_a_stream_that_is_closed(tmp_path):
+    command = 'exec "$0" "$1" serve --port 0 --log-path "$2" <&- 2>&-'
+    with subprocess.Popen(["sh", "-c", command, sys.executable, SOURCE, str(tmp_path)], stdout=subprocess.PIPE) as started:
+        try:
+            url = started.stdout.readline().decode().split()[-1]
+            assert post(url, json.dumps([record("u", "a")]).encode()) == (200, {"code": 200})
+            assert [os.readlink("/proc/%d/fd/%d" % (started.pid, number)) for number in (0, 2)] == [os.devnull] * 2
+        finally:
+            started.terminate()
+
+
 def test_demo_shows_nothing_that_a_stranger_posts_meanwhile():
     code = """if True:
         import analysys, json, threading, urllib.request
