@@ -5236,8 +5236,12 @@ class _Connection:
     def _head(self) -> bytes:
         """Return the head of the next request, without the empty line; nothing where the client leaves instead."""
         deadline = self.idle_since + _IDLE_TIMEOUT
-        while b"\r\n\r\n" not in self._buffer[:_MAX_HEAD]:
-            if self._buffer and not self._buffer[:1].isalpha():
+        while True:
+            while self._buffer[:2] == b"\r\n":  # some end a body so, which their Content-Length does not count
+                del self._buffer[:2]
+            if b"\r\n\r\n" in self._buffer[:_MAX_HEAD]:
+                break
+            if self._buffer and self._buffer != b"\r" and not self._buffer[:1].isalpha():
                 raise _Trouble(400, "this is no HTTP")  # TLS, mostly
             if len(self._buffer) >= _MAX_HEAD:
                 raise _Trouble(431, "a head has at most %d bytes" % _MAX_HEAD)
@@ -5946,9 +5950,7 @@ def _serve(arguments: "Any") -> int:
     try:
         if arguments.log_path:
             log = LogCollecter(arguments.log_path)
-            found = _look_at_directory(arguments.log_path, False, 0)
-            if found.state == "FAIL":
-                raise AnalysysPythonSdkFileException("--log-path: " + found.seen)
+            log._put(b"", False)  # it is made, and raises, now
         site = _Site(arguments, tls, log, forward)
     except AnalysysPythonSdkException:
         if forward is not None:
@@ -8390,20 +8392,22 @@ def _directory_findings(path: str, is_spool: bool) -> "Iterator[_Finding]":
 
 
 def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_Finding]":
-    own = getattr(os, "geteuid", int)()
+    own, current = getattr(os, "geteuid", int)(), [time.strftime(pattern) for pattern in _LOG_NAMES.values()]
     for name in sorted(os.listdir(path)):
         try:
             found = os.lstat(os.path.join(path, name))
         except FileNotFoundError:  # delivered or rotated meanwhile
             continue
+        needed = os.R_OK | os.W_OK if name in current else os.R_OK
         is_ours = re.match(r"rejected\.log|upload\.checkpoint", name) or is_spool and re.match(r"\d{13,}-\d+-", name)
         is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (os.name != "posix" or found.st_uid == own)
         if is_ours and not is_own:
             yield _Finding("FAIL", "%s is a link, no file, or another user's" % name, "remove it, if nobody needs it")
         elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.path.isfile(os.path.join(path, name)):
             yield _Finding("FAIL", "%s is not a regular file" % name, "remove it, if nobody needs it")
-        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.access(os.path.join(path, name), os.R_OK):
-            yield _Finding("FAIL", "this user (%d) may not read %s" % (own, name), "chown or chmod it")
+        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.access(os.path.join(path, name), needed):
+            what = "write to" if needed & os.W_OK else "read"
+            yield _Finding("FAIL", "this user (%d) may not %s %s" % (own, what, name), "chown or chmod it")
         elif re.match(r"rejected\.log", name) and found.st_size:
             yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
     if not is_spool and _is_locked(os.path.join(path, "upload.checkpoint.lock")):

@@ -7654,6 +7654,13 @@ def test_requests_share_a_connection_also_in_one_packet_and_with_100_continue():
         assert len(server.records) == 3
 
 
+def test_an_empty_line_in_front_of_a_request_is_passed_over():
+    with analysys.Receiver() as server:
+        request = request_of(ONE, LENGTH)
+        reply = exchange(server.url, b"\r\n" + request, b"\r", b"\n\r\n", request + b"\r\n" + request, b"\r\n", pause=0.1)
+        assert re.findall(rb"HTTP/1.1 (\d+)", reply) == [b"200"] * 3
+
+
 def test_a_client_that_never_stops_sending_is_drained_for_a_second(monkeypatch):
     clock = FakeClock(monkeypatch)
     ours, theirs = socket.socketpair()
@@ -8277,6 +8284,20 @@ def test_a_log_path_that_cannot_be_used_is_2_at_once(capsys, tmp_path):
         assert printed.out == "" and str(path) in printed.err and printed.err.count("\n") == 1
 
 
+@posix_only
+def test_only_what_keeps_serve_from_writing_its_log_keeps_it_from_starting(capsys, tmp_path):
+    os.mkfifo(str(tmp_path / "datas_1.log"))
+    (tmp_path / "rejected.log").symlink_to("nowhere")
+    with serving("--log-path", str(tmp_path)):
+        pass
+    for path in tmp_path.glob("datas_2*"):
+        path.unlink()
+    for hour in 0, 3600:
+        (tmp_path / time.strftime("datas_%Y%m%d%H.log", time.localtime(time.time() + hour))).mkdir()
+    assert analysys.main(["serve", "--port", "0", "--log-path", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
 def test_a_port_that_is_taken_is_2_and_says_how_to_choose_another(capsys):
     with analysys.Receiver() as server:
         port = server.url.split(":")[2]
@@ -8834,6 +8855,18 @@ def test_check_names_a_log_file_that_may_not_be_read_and_minds_none_that_goes_me
         monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("10.log"))      # root may read all
         found = checked(server.url, "--log-path", tmp_path, expected=2)["log-path"]
         assert found["state"] == "FAIL" and "may not read datas_2018072510.log" in found["seen"]
+
+
+def test_check_names_the_log_file_of_this_period_where_it_may_not_be_written_and_minds_no_older_one(tmp_path, monkeypatch):
+    log_file(tmp_path / "datas_2018072510.log", "a")
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith(".log") or not mode & os.W_OK)
+    with site() as server:
+        assert checked(server.url, "--log-path", tmp_path)["log-path"]["state"] == "OK"
+        for seconds in 0, 86400:
+            day = time.strftime("datas_%Y%m%d.log", time.localtime(time.time() + seconds))
+            log_file(tmp_path / day, "a")
+        found = checked(server.url, "--log-path", tmp_path, expected=2)["log-path"]
+        assert found["state"] == "FAIL" and "may not write to datas_20" in found["seen"]
 
 
 def test_a_spool_that_everybody_may_write_to_is_a_warning_and_one_of_another_user_a_failure(tmp_path):
