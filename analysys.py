@@ -6677,6 +6677,7 @@ class _Listing:
         self.problems: "Dict[str, str]" = {}  # path of a file or directory -> why it cannot be read
         self.folders: "Dict[str, Tuple[Any, List[str]]]" = {}  # directory -> (when it was changed, the files in it)
         self._own = {os.path.abspath(path) for path in own if path}
+        self._rotated: "Dict[str, Tuple[Any, List[str]]]" = {}  # PATH -> which file it is; other names of those it was
         self._parts: "List[List[str]]" = []  # what the PATHs were last,
         self._found: "List[str]" = []  # and all() made of it
         self._told: "set[str]" = set()
@@ -6690,7 +6691,7 @@ class _Listing:
             elif self._is_own(path):
                 self.tell("%s is our own: it is not read", path)
             else:
-                parts.append([path])
+                parts.append(self._with_rotated(path) if self.is_followed else [path])
         if parts != self._parts:  # directories that have not changed are the same objects: that is quick
             found = {self._file(path): path for path in itertools.chain.from_iterable(parts)}
             self._parts, self._found = parts, list(found.values())
@@ -6700,7 +6701,9 @@ class _Listing:
         """Tell whether the last line of *path* may still be written: it is followed, and there is no newer one."""
         folder, name = os.path.split(path)
         listed = self.folders.get(folder) if re.fullmatch(_LOG_FILE, name) else None
-        return self.is_followed and (listed is None or path == (listed[1] or [""])[-1])
+        if not self.is_followed or any(path in names for _, names in self._rotated.values()):
+            return False
+        return listed is None or path == (listed[1] or [""])[-1]
 
     def old(self, paths: "Iterable[str]") -> "List[str]":
         """Return those of *paths* that are neither of the current period nor of the newest one, by their names."""
@@ -6733,6 +6736,18 @@ class _Listing:
         if text not in self._told:
             self._told.add(text)
             _print("analysys: " + text, "stderr")
+
+    def _with_rotated(self, path: str) -> "List[str]":
+        """Return a followed file and, before it, what was at its path and has another name now: it may have more."""
+        import glob
+
+        before, names = self._rotated.get(path, (None, []))
+        now = (_stat(path) or ())[:2] or None
+        if before not in (now, None):
+            others = sorted(glob.glob(glob.escape(os.path.splitext(path)[0]) + "*"))
+            names = names + [other for other in others if (_stat(other) or ())[:2] == before and other not in names]
+        self._rotated[path] = now, names
+        return names + [path]
 
     def _file(self, path: str) -> object:
         """Return what names of one file have in common: links, and what lies in a directory that is given twice."""
