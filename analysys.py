@@ -6693,8 +6693,10 @@ class _Listing:
             else:
                 parts.append(self._with_rotated(path) if self.is_followed else [path])
         if parts != self._parts:  # directories that have not changed are the same objects: that is quick
-            found = {self._file(path): path for path in itertools.chain.from_iterable(parts)}
-            self._parts, self._found = parts, list(found.values())
+            found: "Dict[object, str]" = {}
+            for path in reversed(list(itertools.chain.from_iterable(parts))):
+                found.setdefault(self._file(path), path)  # of several names the last one tells whether it may grow
+            self._parts, self._found = parts, list(found.values())[::-1]
         return self._found
 
     def may_grow(self, path: str) -> bool:

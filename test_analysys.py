@@ -9438,7 +9438,12 @@ def test_a_file_that_has_several_names_is_delivered_once_also_as_it_grows(tmp_pa
         for paths in [[folder], [folder, other], [other, folder], [path, other / "datas_1.log"]]:
             assert ship(*paths, "--server", server.url).out == NOTHING_NEW % 8
             assert ship(*paths, "--dry-run").out.endswith("\n8 lines are good, 0 are not, 0 conflicts\n")
-    assert (folder / "upload.checkpoint").read_text().count('"name"') == 1      # it is not two that note down each other
+        assert (folder / "upload.checkpoint").read_text().count('"name"') == 1  # it is not two that note down each other
+        log_file(folder / "datas_4.log", "j")
+        (folder / "datas_3.log").unlink()
+        log_file(folder / "datas_3.log", "i")
+        (folder / "datas_0.log").symlink_to("datas_4.log")
+        assert ship(folder, "--server", server.url).status == 0 and server.names == list("abcdefghij")
 
 
 @linux_only
