@@ -8676,6 +8676,8 @@ def _fingerprint() -> str:
     import hashlib
 
     try:
+        if os.path.exists(__file__) and not os.path.isfile(__file__):  # a pipe, say: what came out of it is gone
+            return "unknown"
         source = globals()["__loader__"].get_data(__file__)  # from a zip, too
     except (NameError, KeyError, OSError, AttributeError):
         return "unknown"

@@ -7941,6 +7941,16 @@ def test_version_tells_the_version_the_files_sha_256_and_the_python(capsys):
         assert word in printed
 
 
+@posix_only
+def test_the_sha_256_of_what_came_out_of_a_pipe_is_unknown(tmp_path):
+    path = tmp_path / "pipe.py"
+    os.mkfifo(str(path))
+    with launch(path, "--version") as started:
+        with path.open("wb") as pipe:
+            pipe.write(pathlib.Path(SOURCE).read_bytes())
+        assert "SHA-256 unknown" in ended_well(started).out
+
+
 @table("arguments", [["nonsense"], ["--nonsense"], ["demo", "nonsense"], ["demo", "--nonsense"]])
 def test_wrong_usage_ends_with_64_and_one_sentence(capsys, arguments):
     assert analysys.main(arguments) == 64
