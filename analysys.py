@@ -6677,7 +6677,8 @@ class _Listing:
         self.problems: "Dict[str, str]" = {}  # path of a file or directory -> why it cannot be read
         self.folders: "Dict[str, Tuple[Any, List[str]]]" = {}  # directory -> (when it was changed, the files in it)
         self._own = {os.path.abspath(path) for path in own if path}
-        self._rotated: "Dict[str, Tuple[Any, List[str]]]" = {}  # PATH -> which file it is; other names of those it was
+        # Followed file -> which one it is, what it is called where the path is a link, other names of those that it was
+        self._rotated: "Dict[str, Tuple[Any, str, List[str]]]" = {}
         self._parts: "List[List[str]]" = []  # what the PATHs were last,
         self._found: "List[str]" = []  # and all() made of it
         self._told: "set[str]" = set()
@@ -6703,7 +6704,7 @@ class _Listing:
         """Tell whether the last line of *path* may still be written: it is followed, and there is no newer one."""
         folder, name = os.path.split(path)
         listed = self.folders.get(folder) if re.fullmatch(_LOG_FILE, name) else None
-        if not self.is_followed or any(path in names for _, names in self._rotated.values()):
+        if not self.is_followed or any(path in names for _, _, names in self._rotated.values()):
             return False
         return listed is None or path == (listed[1] or [""])[-1]
 
@@ -6740,15 +6741,19 @@ class _Listing:
             _print("analysys: " + text, "stderr")
 
     def _with_rotated(self, path: str) -> "List[str]":
-        """Return a followed file and, before it, what was at its path and has another name now: it may have more."""
+        """Return a followed file and, before it, what was at its path and has another name now: it may have more.
+
+        It was renamed, or a link at the path was turned to the next file beside it.
+        """
         import glob
 
-        before, names = self._rotated.get(path, (None, []))
+        before, target, names = self._rotated.get(path, (None, "", []))
         now = (_stat(path) or ())[:2] or None
         if before not in (now, None):
-            others = sorted(glob.glob(glob.escape(os.path.splitext(path)[0]) + "*"))
+            others = [os.path.join(os.path.dirname(path), target)]
+            others += sorted(glob.glob(glob.escape(os.path.splitext(path)[0]) + "*"))
             names = names + [other for other in others if (_stat(other) or ())[:2] == before and other not in names]
-        self._rotated[path] = now, names
+        self._rotated[path] = now, os.path.basename(os.path.realpath(path)), names
         return names + [path]
 
     def _file(self, path: str) -> object:

@@ -9510,21 +9510,28 @@ def test_follow_ships_what_grows_and_rotates_waits_for_the_end_of_a_line_and_sto
 
 
 @posix_only
-@pytest.mark.parametrize("name", ["app.log", "datas_2018072510.log"])
-def test_a_followed_file_is_read_to_its_end_also_where_it_is_rotated_away_from_its_path(tmp_path, monkeypatch, name):
-    path = log_file(tmp_path / name, "a")
+@table("name, turned", [("app.log", None), ("datas_2018072510.log", None), ("app_1.log", "app_2.log")])
+def test_a_followed_file_is_read_to_its_end_also_where_it_is_rotated_away_from_its_path(tmp_path, monkeypatch, name, turned):
+    file, old = log_file(tmp_path / name, "a"), tmp_path / (name if turned else name + ".1")
+    path = tmp_path / "current" if turned else file
     log_file(tmp_path / (name + ".2"), "not asked for")
+    if turned:
+        path.symlink_to(name)
 
     def acts():
         wait_until(lambda: server.names == ["a"])
-        with path.open("a") as file:
-            path.rename(path.with_name(name + ".1"))
-            file.write(lines_of("b"))
+        with file.open("a") as stream:
+            if turned:
+                path.unlink()
+                path.symlink_to(turned)
+            else:
+                path.rename(old)
+            stream.write(lines_of("b"))
         looks()
         log_file(path, "c")
         wait_until(lambda: len(server.names) == 3)
-        with path.with_name(name + ".1").open("a") as file:            # by a writer that has it open still
-            file.write(lines_of("d").rstrip())
+        with old.open("a") as stream:                  # by a writer that has it open still
+            stream.write(lines_of("d").rstrip())
         wait_until(lambda: len(server.names) == 4)
     with FaultyServer() as server:
         assert follow(monkeypatch, acts, path, "--server", server.url).status == 0
