@@ -8489,6 +8489,7 @@ def test_log_path_has_what_was_accepted_on_disk_before_the_answer(tmp_path):
 def test_what_cannot_be_written_is_not_accepted(tmp_path):
     folder = tmp_path / "gone"
     with serving("--log-path", folder) as server:
+        shutil.rmtree(str(folder))
         folder.write_text("no directory")
         status, told = post(server.url, encode([record("u", "A"), record("u", "B")]))
         assert status == 503 and told["code"] == 500 and "gone" in told["msg"]
