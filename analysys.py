@@ -5145,8 +5145,12 @@ class _Connection:
     def _head(self) -> bytes:
         """Return the head of the next request, without the empty line; nothing where the client leaves instead."""
         deadline = self.idle_since + _IDLE_TIMEOUT
-        while b"\r\n\r\n" not in self._buffer[:_MAX_HEAD]:
-            if self._buffer and not self._buffer[:1].isalpha():
+        while True:
+            while self._buffer[:2] == b"\r\n":  # some end a body so, which their Content-Length does not count
+                del self._buffer[:2]
+            if b"\r\n\r\n" in self._buffer[:_MAX_HEAD]:
+                break
+            if self._buffer and self._buffer != b"\r" and not self._buffer[:1].isalpha():
                 raise _Trouble(400, "this is no HTTP")  # TLS, mostly
             if len(self._buffer) >= _MAX_HEAD:
                 raise _Trouble(431, "a head has at most %d bytes" % _MAX_HEAD)
@@ -5857,15 +5861,13 @@ def _open_site(arguments: "Any") -> "_Site":
         if not re.fullmatch(r"https?://[^/?#*@\s]+", origin, re.IGNORECASE):
             raise _illegal("--cors", origin, "must be an origin, like http://localhost:3000, without a path")
     tls, log, forward = _server_tls(arguments.tls), None, None
-    if arguments.log_path:
-        log = LogCollecter(arguments.log_path)
-        found = _look_at_directory(arguments.log_path, False, 0)
-        if found.state == "FAIL":
-            raise AnalysysPythonSdkFileException("--log-path: " + found.seen)
     if arguments.forward:
         told = functools.partial(_print_error, "not forwarded")
         forward = BatchCollecter(arguments.forward, 1, 500, 500, spool_path=arguments.spool_path, on_error=told)
     try:
+        if arguments.log_path:
+            log = LogCollecter(arguments.log_path)
+            log._put(b"", False)  # it is made, and raises, now
         return _Site(arguments, tls, log, forward)
     except AnalysysPythonSdkException:
         if forward is not None:
@@ -6514,6 +6516,8 @@ class _Listing:
         self.problems: "Dict[str, str]" = {}  # path of a file or directory -> why it cannot be read
         self.folders: "Dict[str, Tuple[Any, List[str]]]" = {}  # directory -> (when it was changed, the files in it)
         self._own = {os.path.abspath(path) for path in own if path}
+        # Followed file -> which one it is, what it is called where the path is a link, other names of those that it was
+        self._rotated: "Dict[str, Tuple[Any, str, List[str]]]" = {}
         self._parts: "List[List[str]]" = []  # what the PATHs were last,
         self._found: "List[str]" = []  # and all() made of it
         self._told: "set[str]" = set()
@@ -6527,19 +6531,21 @@ class _Listing:
             elif self._is_own(path):
                 self.tell("%s is our own: it is not read", path)
             else:
-                parts.append([path])
+                parts.append(self._with_rotated(path) if self.is_followed else [path])
         if parts != self._parts:  # directories that have not changed are the same objects: that is quick
-            found = list(itertools.chain.from_iterable(parts))
-            if len(parts) > 1:
-                found = list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
-            self._parts, self._found = parts, found
+            found: "Dict[object, str]" = {}
+            for path in reversed(list(itertools.chain.from_iterable(parts))):
+                found.setdefault(self._file(path), path)  # of several names the last one tells whether it may grow
+            self._parts, self._found = parts, list(found.values())[::-1]
         return self._found
 
     def may_grow(self, path: str) -> bool:
         """Tell whether the last line of *path* may still be written: it is followed, and there is no newer one."""
         folder, name = os.path.split(path)
         listed = self.folders.get(folder) if re.fullmatch(_LOG_FILE, name) else None
-        return self.is_followed and (listed is None or path == (listed[1] or [""])[-1])
+        if not self.is_followed or any(path in names for _, _, names in self._rotated.values()):
+            return False
+        return listed is None or path == (listed[1] or [""])[-1]
 
     def old(self, paths: "Iterable[str]") -> "List[str]":
         """Return those of *paths* that are neither of the current period nor of the newest one, by their names."""
@@ -6571,6 +6577,33 @@ class _Listing:
         if text not in self._told:
             self._told.add(text)
             _print("analysys: " + text, "stderr")
+
+    def _with_rotated(self, path: str) -> "List[str]":
+        """Return a followed file and, before it, what was at its path and has another name now: it may have more.
+
+        It was renamed, or a link at the path was turned to the next file beside it.
+        """
+        import glob
+
+        before, target, names = self._rotated.get(path, (None, "", []))
+        now = (_stat(path) or ())[:2] or None
+        if before not in (now, None):
+            others = [os.path.join(os.path.dirname(path), target)]
+            others += sorted(glob.glob(glob.escape(os.path.splitext(path)[0]) + "*"))
+            names = names + [other for other in others if (_stat(other) or ())[:2] == before and other not in names]
+        self._rotated[path] = now, os.path.basename(os.path.realpath(path)), names
+        return names + [path]
+
+    def _file(self, path: str) -> object:
+        """Return what names of one file have in common: links, and what lies in a directory that is given twice."""
+        try:
+            named = found = os.lstat(path)
+            if stat.S_ISLNK(named.st_mode):
+                found = os.stat(path)
+        except OSError:
+            return path
+        is_read = named.st_uid == found.st_uid or path in self.paths  # else it must not stand for the file's own name
+        return _inode(found) if is_read and found.st_ino and path != "-" else path
 
     def _list(self, folder: str) -> "List[str]":
         """Return the log files in a directory, and name what else looks like records."""
@@ -6830,8 +6863,7 @@ class _StreamText(_Text):
 
     def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
         super().__init__(path, raw, file, check)
-        self.is_packed = file is not raw
-        self._has_more = True  # what is buffered, select() does not know of
+        self.is_packed = not isinstance(file, _Input)
         self._ahead = b""  # what is to come again
 
     def go(self, offset: int) -> bool:
@@ -6844,8 +6876,7 @@ class _StreamText(_Text):
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         if data:
             return data
-        self.is_paused = not self.is_packed and not self._has_more and not _is_ready(self._raw)
-        self._has_more = False
+        self.is_paused = not self.is_packed and not self._file.is_ready()
         return b"" if self.is_paused else bytes(self._file.read1(size))
 
     def _pass(self, data: bytes, kept: int = 0) -> None:
@@ -6856,14 +6887,52 @@ class _StreamText(_Text):
         return b""
 
 
+class _Input:
+    """Standard input for what unpacks it. It waits for more only as long as nobody asks to stop."""
+
+    WHOLE = 12  # bytes that are asked for at once and must come at once: what a packed text is known by, and its end
+
+    def __init__(self, raw: "Any", check: "Callable[[], None]") -> None:
+        self._raw = raw
+        self._check = check
+        self._ahead = b""  # what was looked at
+
+    def look(self, size: int) -> bytes:
+        """Return what comes next, *size* bytes or more of it; fewer only at the end."""
+        data: "Any" = b"-"
+        while data and len(self._ahead) < size:
+            while not _is_ready(self._raw):
+                self._check()
+            data = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+            self._ahead += data or b""
+            data = b"-" if data is None else data  # it does not block, and there was nothing after all
+        return self._ahead
+
+    def is_ready(self) -> bool:
+        """Wait a moment; return whether read1() would not wait."""
+        return bool(self._ahead) or _is_ready(self._raw)
+
+    def read(self, size: int) -> bytes:
+        self.look(min(size, self.WHOLE))
+        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        return data
+
+    def read1(self, size: int) -> bytes:
+        self.look(1)
+        return self.read(min(size, len(self._ahead)))
+
+    def close(self) -> None:
+        self._raw.close()
+
+
 def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text":
     """Open a regular file without waiting for anything, or standard input, whatever packs it."""
     if path == "-":
-        raw: "Any" = io.open(0, "rb", closefd=False)
-        while not _is_ready(raw):
-            check()
-        _check_form(raw.peek(_HASHED))
-        return _StreamText(path, raw, _unpacking(raw.peek(_HASHED), raw), check)
+        raw: "Any" = io.open(0, "rb", buffering=0, closefd=False)
+        stream = _Input(raw, check)
+        head = stream.look(_Input.WHOLE)
+        _check_form(head)
+        return _StreamText(path, raw, _unpacking(head, stream), check)
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     raw = io.open(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     if raw is None:
@@ -7348,7 +7417,7 @@ class _Places:
         """Tell whether the file of another name that *entry* is about is still there, beside that of *text*."""
         try:
             with _open_text(os.path.join(os.path.dirname(text.path), entry["name"]), text.check) as other:
-                return other.fits(entry)
+                return other.identity[:2] != text.identity[:2] and other.fits(entry)
         except Exception:  # what unpacks has many
             return False
 
@@ -7390,7 +7459,7 @@ class _Shipment(_LineQueue):
         """Return how many lines are not settled, and whether that is all, as far as can be counted in a moment."""
         self._stop.grant(_COUNT_STOPPED if self._stop.asked else _COUNT)
         left, self._inhand = self.ledger.stats()["pending"] + len(self._inhand), []
-        if self.files.listing.is_followed:
+        if self.files.listing.is_followed and self.files.due_at:  # else it was stopped before it looked at all
             self.files.due_at = float("inf")
         try:
             for log in iter(self._source, None):
@@ -7567,7 +7636,8 @@ class _Checkpoints:
         self._only = only and os.path.abspath(only)
         self._listing = listing
         self._nowhere = _Checkpoint(None)
-        self._open: "Dict[str, _Checkpoint]" = {}  # by its path
+        self._open: "Dict[str, _Checkpoint]" = {}  # by its path, of which a directory may have several,
+        self._folders: "Dict[Tuple[int, int], _Checkpoint]" = {}  # and by the directory
         self._sync_at = 0.0
         self.rejected: "Dict[str, _RejectedLog]" = {}  # by its directory, those that were written to
 
@@ -7578,8 +7648,11 @@ class _Checkpoints:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         where = self._only or os.path.join(os.path.abspath(folder), "upload.checkpoint")
         if where not in self._open:
-            self._open[where] = _Checkpoint(_Journal(where))
-            self._open[where].open(self._names())
+            directory = _inode(os.stat(folder or os.curdir))
+            if self._only or directory not in self._folders:
+                self._folders[directory] = _Checkpoint(_Journal(where))
+                self._folders[directory].open(self._names())
+            self._open[where] = self._folders[directory]
         return self._open[where]
 
     def _names(self) -> "Iterator[str]":
@@ -8161,20 +8234,22 @@ def _directory_findings(path: str, is_spool: bool) -> "Iterator[_Finding]":
 
 
 def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_Finding]":
-    own = getattr(os, "geteuid", int)()
+    own, current = getattr(os, "geteuid", int)(), [time.strftime(pattern) for pattern in _LOG_NAMES.values()]
     for name in sorted(os.listdir(path)):
         try:
             found = os.lstat(os.path.join(path, name))
         except FileNotFoundError:  # delivered or rotated meanwhile
             continue
+        needed = os.R_OK | os.W_OK if name in current else os.R_OK
         is_ours = re.match(r"rejected\.log|upload\.checkpoint", name) or is_spool and re.match(r"\d{13,}-\d+-", name)
         is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (os.name != "posix" or found.st_uid == own)
         if is_ours and not is_own:
             yield _Finding("FAIL", "%s is a link, no file, or another user's" % name, "remove it, if nobody needs it")
         elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.path.isfile(os.path.join(path, name)):
             yield _Finding("FAIL", "%s is not a regular file" % name, "remove it, if nobody needs it")
-        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.access(os.path.join(path, name), os.R_OK):
-            yield _Finding("FAIL", "this user (%d) may not read %s" % (own, name), "chown or chmod it")
+        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.access(os.path.join(path, name), needed):
+            what = "write to" if needed & os.W_OK else "read"
+            yield _Finding("FAIL", "this user (%d) may not %s %s" % (own, what, name), "chown or chmod it")
         elif re.match(r"rejected\.log", name) and found.st_size:
             yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
     if not is_spool and _is_locked(os.path.join(path, "upload.checkpoint.lock")):
@@ -8435,6 +8510,8 @@ def _fingerprint() -> str:
     import hashlib
 
     try:
+        if os.path.exists(__file__) and not os.path.isfile(__file__):  # a pipe, say: what came out of it is gone
+            return "unknown"
         source = globals()["__loader__"].get_data(__file__)  # from a zip, too
     except (NameError, KeyError, OSError, AttributeError):
         return "unknown"

@@ -7896,6 +7896,13 @@ def test_requests_share_a_connection_also_in_one_packet_and_with_100_continue():
         assert len(server.records) == 3
 
 
+def test_an_empty_line_in_front_of_a_request_is_passed_over():
+    with analysys.Receiver() as server:
+        request = request_of(ONE, LENGTH)
+        reply = exchange(server.url, b"\r\n" + request, b"\r", b"\n\r\n", request + b"\r\n" + request, b"\r\n", pause=0.1)
+        assert re.findall(rb"HTTP/1.1 (\d+)", reply) == [b"200"] * 3
+
+
 def test_a_client_that_never_stops_sending_is_drained_for_a_second(monkeypatch):
     clock = FakeClock(monkeypatch)
     ours, theirs = socket.socketpair()
@@ -8170,6 +8177,16 @@ def test_version_tells_the_version_the_files_sha_256_and_the_python(capsys):
     printed = capsys.readouterr().out
     for word in analysys.__version__, digest(), platform.python_version():
         assert word in printed
+
+
+@posix_only
+def test_the_sha_256_of_what_came_out_of_a_pipe_is_unknown(tmp_path):
+    path = tmp_path / "pipe.py"
+    os.mkfifo(str(path))
+    with launch(path, "--version") as started:
+        with path.open("wb") as pipe:
+            pipe.write(pathlib.Path(SOURCE).read_bytes())
+        assert "SHA-256 unknown" in ended_well(started).out
 
 
 @table("arguments", [["nonsense"], ["--nonsense"], ["demo", "nonsense"], ["demo", "--nonsense"]])
@@ -8516,6 +8533,20 @@ def test_a_log_path_that_cannot_be_used_is_2_at_once(capsys, tmp_path):
         assert printed.out == "" and str(path) in printed.err and printed.err.count("\n") == 1
 
 
+@posix_only
+def test_only_what_keeps_serve_from_writing_its_log_keeps_it_from_starting(capsys, tmp_path):
+    os.mkfifo(str(tmp_path / "datas_1.log"))
+    (tmp_path / "rejected.log").symlink_to("nowhere")
+    with serving("--log-path", str(tmp_path)):
+        pass
+    for path in tmp_path.glob("datas_2*"):
+        path.unlink()
+    for hour in 0, 3600:
+        (tmp_path / time.strftime("datas_%Y%m%d%H.log", time.localtime(time.time() + hour))).mkdir()
+    assert analysys.main(["serve", "--port", "0", "--log-path", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
 def test_a_port_that_is_taken_is_2_and_says_how_to_choose_another(capsys):
     with analysys.Receiver() as server:
         port = server.url.split(":")[2]
@@ -8697,6 +8728,7 @@ def test_log_path_has_what_was_accepted_on_disk_before_the_answer(tmp_path):
 def test_what_cannot_be_written_is_not_accepted(tmp_path):
     folder = tmp_path / "gone"
     with serving("--log-path", folder) as server:
+        shutil.rmtree(str(folder))
         folder.write_text("no directory")
         status, told = post(server.url, encode([record("u", "A"), record("u", "B")]))
         assert status == 503 and told["code"] == 500 and "gone" in told["msg"]
@@ -8790,6 +8822,18 @@ def test_a_closed_or_full_output_ends_nothing():
         assert "error" not in done.stdout.decode()     # which is for what was asked for
     commands, shells = [["demo"], ["serve", "--port", "x"]], [">/dev/full 2>&1", ">&- 2>&-", "2>&-", "2>/dev/full"]
     all_at_once(end, [(command, shell) for command in commands for shell in shells])
+
+
+@linux_only
+def test_no_file_and_no_connection_takes_the_place_of_a_stream_that_is_closed(tmp_path):
+    command = 'exec "$0" "$1" serve --port 0 --log-path "$2" <&- 2>&-'
+    with subprocess.Popen(["sh", "-c", command, sys.executable, SOURCE, str(tmp_path)], stdout=subprocess.PIPE) as started:
+        try:
+            url = started.stdout.readline().decode().split()[-1]
+            assert post(url, json.dumps([record("u", "a")]).encode()) == (200, {"code": 200})
+            assert [os.readlink("/proc/%d/fd/%d" % (started.pid, number)) for number in (0, 2)] == [os.devnull] * 2
+        finally:
+            started.terminate()
 
 
 def test_demo_shows_nothing_that_a_stranger_posts_meanwhile():
@@ -9068,6 +9112,18 @@ def test_check_names_a_log_file_that_may_not_be_read_and_minds_none_that_goes_me
         monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith("10.log"))      # root may read all
         found = checked(server.url, "--log-path", tmp_path, expected=2)["log-path"]
         assert found["state"] == "FAIL" and "may not read datas_2018072510.log" in found["seen"]
+
+
+def test_check_names_the_log_file_of_this_period_where_it_may_not_be_written_and_minds_no_older_one(tmp_path, monkeypatch):
+    log_file(tmp_path / "datas_2018072510.log", "a")
+    monkeypatch.setattr(os, "access", lambda path, mode: not path.endswith(".log") or not mode & os.W_OK)
+    with site() as server:
+        assert checked(server.url, "--log-path", tmp_path)["log-path"]["state"] == "OK"
+        for seconds in 0, 86400:
+            day = time.strftime("datas_%Y%m%d.log", time.localtime(time.time() + seconds))
+            log_file(tmp_path / day, "a")
+        found = checked(server.url, "--log-path", tmp_path, expected=2)["log-path"]
+        assert found["state"] == "FAIL" and "may not write to datas_20" in found["seen"]
 
 
 def test_a_spool_that_everybody_may_write_to_is_a_warning_and_one_of_another_user_a_failure(tmp_path):
@@ -9616,6 +9672,38 @@ def test_a_renamed_file_is_taken_for_the_one_that_was_read_furthest(tmp_path):
         assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 50
 
 
+@posix_only
+def test_a_file_that_has_several_names_is_delivered_once_also_as_it_grows(tmp_path, monkeypatch):
+    folder, other = tmp_path / "a", tmp_path / "b"
+    folder.mkdir()
+    other.symlink_to("a")
+    path = log_file(folder / "datas_2.log", "a")
+    monkeypatch.setattr(analysys, "_SYNC_EVERY", 0.0)
+
+    def acts():
+        for number, name in enumerate("bcdefgh"):
+            wait_until(lambda: len(server.names) > number)
+            if name == "d":
+                (folder / "datas_1.log").symlink_to("datas_2.log")
+                os.link(str(path), str(folder / "datas_3.log"))
+            with path.open("a") as file:
+                file.write(lines_of(name))
+        wait_until(lambda: len(server.names) >= 8)
+        looks()
+    with FaultyServer() as server:
+        assert follow(monkeypatch, acts, folder, other, "--server", server.url).status == 0
+        assert server.names == list("abcdefgh")
+        for paths in [[folder], [folder, other], [other, folder], [path, other / "datas_1.log"]]:
+            assert ship(*paths, "--server", server.url).out == NOTHING_NEW % 8
+            assert ship(*paths, "--dry-run").out.endswith("\n8 lines are good, 0 are not, 0 conflicts\n")
+        assert (folder / "upload.checkpoint").read_text().count('"name"') == 1  # it is not two that note down each other
+        log_file(folder / "datas_4.log", "j")
+        (folder / "datas_3.log").unlink()
+        log_file(folder / "datas_3.log", "i")
+        (folder / "datas_0.log").symlink_to("datas_4.log")
+        assert ship(folder, "--server", server.url).status == 0 and server.names == list("abcdefghij")
+
+
 @linux_only
 def test_a_file_whose_name_is_not_utf_8_is_delivered_once_like_any_other(tmp_path):
     log_file(tmp_path / "datas_1.log", "a")
@@ -9667,6 +9755,35 @@ def test_follow_ships_what_grows_and_rotates_waits_for_the_end_of_a_line_and_sto
         shipped = follow(monkeypatch, acts, str(tmp_path) + "/", "--server", server.url)
         assert shipped[:2] == (0, "delivered 10, rejected 0, remaining 0\n") and "Traceback" not in shipped.err
         assert sorted(server.names) == list("abcdefghij")
+
+
+@posix_only
+@table("name, turned", [("app.log", None), ("datas_2018072510.log", None), ("app_1.log", "app_2.log")])
+def test_a_followed_file_is_read_to_its_end_also_where_it_is_rotated_away_from_its_path(tmp_path, monkeypatch, name, turned):
+    file, old = log_file(tmp_path / name, "a"), tmp_path / (name if turned else name + ".1")
+    path = tmp_path / "current" if turned else file
+    log_file(tmp_path / (name + ".2"), "not asked for")
+    if turned:
+        path.symlink_to(name)
+
+    def acts():
+        wait_until(lambda: server.names == ["a"])
+        with file.open("a") as stream:
+            if turned:
+                path.unlink()
+                path.symlink_to(turned)
+            else:
+                path.rename(old)
+            stream.write(lines_of("b"))
+        looks()
+        log_file(path, "c")
+        wait_until(lambda: len(server.names) == 3)
+        with old.open("a") as stream:                  # by a writer that has it open still
+            stream.write(lines_of("d").rstrip())
+        wait_until(lambda: len(server.names) == 4)
+    with FaultyServer() as server:
+        assert follow(monkeypatch, acts, path, "--server", server.url).status == 0
+        assert server.names == ["a", "b", "c", "d"]
 
 
 @posix_only
@@ -9727,9 +9844,13 @@ def test_a_dry_run_waits_for_the_end_of_a_line_on_standard_input(tmp_path):
 
 
 @posix_only
-def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path):
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path, packed):
+    packing = zlib.compressobj(wbits=31)
+    data = lines_of("a").encode()
+    data = packing.compress(data) + packing.flush(zlib.Z_SYNC_FLUSH) if packed else data
     with FaultyServer() as server, shipper("-", "--server", server.url, "--batch", "1", cwd=str(tmp_path)) as started:
-        started.stdin.write(lines_of("a").encode())
+        started.stdin.write(data)
         started.stdin.flush()
         wait_until(lambda: server.names == ["a"])
         started.send_signal(signal.SIGTERM)
@@ -9746,6 +9867,37 @@ def test_a_stop_while_a_batch_is_put_together_counts_what_of_it_is_in_files_that
         started.send_signal(signal.SIGTERM)
         assert started.wait(20) == 2
         assert started.stdout.read() == b"delivered 0, rejected 0, remaining more than 2\n"
+
+
+@posix_only
+@pytest.mark.parametrize("packing", [None, "gzip", "bz2", "lzma"])
+def test_standard_input_may_come_in_pieces_and_not_block_whatever_packs_it(tmp_path, packing):
+    pack = __import__(packing).compress if packing else bytes
+    data = pack(lines_of("a", "b").encode()) + pack(lines_of("c").encode())
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)                       # as a parent that runs an event loop may leave it
+    with FaultyServer() as server, shipper("-", "--server", server.url, cwd=str(tmp_path), stdin=ours) as started:
+        for piece in data[:1], data[1:3], data[3:-1], data[-1:]:
+            os.write(theirs, piece)
+            wait_until(lambda: not select.select([ours], [], [], 0)[0])
+        os.close(theirs)
+        os.close(ours)
+        assert ended(started) == (0, "delivered 3, rejected 0, remaining 0\n", "")
+        assert server.names == ["a", "b", "c"]
+
+
+@posix_only
+def test_a_signal_that_comes_before_anything_was_looked_at_is_said_too(tmp_path, monkeypatch):
+    log_file(tmp_path / "datas_1.log", "a")
+    replace = os.replace
+
+    def stopped(*paths):                               # when the checkpoint is made
+        replace(*paths)
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(os, "replace", stopped)
+    with FaultyServer() as server, heeding(signal.SIGTERM):
+        assert ship(tmp_path, "--server", server.url) == (
+            2, "delivered 0, rejected 0, remaining 1\n", "analysys: not all is delivered: it was stopped\n")
 
 
 def test_delete_removes_what_is_wholly_delivered_but_never_the_current_periods_nor_the_newest(tmp_path):
