@@ -3435,6 +3435,7 @@ def test_two_collecters_of_one_process_share_a_spool_and_the_second_delivers_wha
             second.flush(20)
             third.flush(20)
             wait_until(lambda: len(server.names) >= 101)
+            wait_until(lambda: not second.stats()["pending"] + third.stats()["pending"])       # the answer has come, too
         assert collections.Counter(server.names) == dict(dict.fromkeys(numbered("e", 50), 2), left=1)
     assert list(tmp_path.iterdir()) == []
 
