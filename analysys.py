@@ -4859,13 +4859,21 @@ def _attempt_at_exit(deadline: float) -> None:
 
 
 def _deliver_with_threads() -> None:
-    """Do so in a process of multiprocessing once its threads are over; Python 3.7 to 3.12 wait for them after this."""
+    """Do so in a process of multiprocessing once its threads are over; Python 3.7 to 3.12 wait for them after this.
+
+    Some never are, and the process is killed. So what is there now goes out now.
+    """
 
     def other() -> "Optional[threading.Thread]":
         mine = threading.current_thread(), threading.main_thread()
         return next((thread for thread in threading.enumerate() if not thread.daemon and thread not in mine), None)
 
     def wait() -> None:
+        for state in [state for state in list(_OPEN) if state.pid == os.getpid()]:
+            try:
+                state.flush(1.0)
+            except Exception:  # it is told at the end
+                pass
         for thread in iter(other, None):
             thread.join()
         _deliver_at_exit()
