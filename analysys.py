@@ -6544,7 +6544,8 @@ class _Listing:
             found: "Dict[object, str]" = {}
             for path in reversed(list(itertools.chain.from_iterable(parts))):
                 found.setdefault(self._file(path), path)  # of several names the last one tells whether it may grow
-            self._parts, self._found = parts, list(found.values())[::-1]
+            is_whole = not any(isinstance(file, str) for file in found)
+            self._parts, self._found = parts if is_whole else [], list(found.values())[::-1]
         return self._found
 
     def may_grow(self, path: str) -> bool:
@@ -6603,15 +6604,18 @@ class _Listing:
         return names + [path]
 
     def _file(self, path: str) -> object:
-        """Return what names of one file have in common: links, and what lies in a directory that is given twice."""
+        """Return what names of one file have in common: links, and what lies in a directory that is given twice.
+
+        Of one that is not there, or not yet, it is a str.
+        """
         try:
             named = found = os.lstat(path)
             if stat.S_ISLNK(named.st_mode):
                 found = os.stat(path)
         except OSError:
-            return path
+            return os.path.abspath(path)
         is_read = named.st_uid == found.st_uid or path in self.paths  # else it must not stand for the file's own name
-        return _inode(found) if is_read and found.st_ino and path != "-" else path
+        return _inode(found) if is_read and found.st_ino and path != "-" else (path,)
 
     def _list(self, folder: str) -> "List[str]":
         """Return the log files in a directory, and name what else looks like records."""
