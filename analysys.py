@@ -3403,7 +3403,11 @@ class _Spool(_LineQueue):
     """A queue on disk: what this process wrote, after what ended ones left."""
 
     def __init__(self, directory: str, max_bytes: int, due_size: int, interval: float) -> None:
-        self._own = own = _Writer(directory, max_bytes)
+        try:
+            _check_directory(directory)
+            self._own = own = _claimed_writer(directory, max_bytes)
+        except (OSError, ValueError) as error:  # ValueError: a path that the file system's encoding cannot hold
+            raise _unwritable(directory, error) from error
         ledger = _Ledger("adopted", held=lambda: _held(own.written))  # not of self: that would be a cycle
         super().__init__(ledger, _RejectedLog(os.path.join(directory, "rejected.log"), own.room.rejected_size))
         self._leftovers = _Leftovers(directory, own.name)
@@ -3413,12 +3417,6 @@ class _Spool(_LineQueue):
         self._notice_at = 0.0  # when to look again at our files and for others'
         self._warn_at = 0.0  # when to warn again of a disk that fails us
         self._echoes: "Set[bytes]" = set()  # lines that on_error tracked
-        try:
-            _check_directory(directory)
-            if not _alone(directory, lambda: self._own.claim(os.O_CREAT | os.O_EXCL)):
-                raise OSError(errno.EBUSY, "another process took a file that was just made")
-        except (OSError, ValueError) as error:  # ValueError: a path that the file system's encoding cannot hold
-            raise _unwritable(directory, error) from error
 
     def put(self, line: bytes) -> int:
         own = self._own
@@ -3569,6 +3567,15 @@ class _Spool(_LineQueue):
             error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
             self.ledger.settle(lost, error)
         file.end = file.ranges[0][0]  # last: nothing more is to be had of it
+
+
+def _claimed_writer(directory: str, max_bytes: int) -> "_Writer":
+    """Return a writer that has its lock. Where somebody who looks for leftovers was quicker, they have it: another."""
+    for _ in range(100):
+        writer = _Writer(directory, max_bytes)
+        if _alone(directory, functools.partial(writer.claim, os.O_CREAT | os.O_EXCL)):
+            return writer
+    raise OSError(errno.EBUSY, "other processes took each file that was just made")
 
 
 def _check_directory(path: str) -> None:

@@ -4092,6 +4092,34 @@ def test_children_forked_while_a_spool_is_read_do_not_hang(tmp_path):
 
 
 @posix_only
+def test_a_spool_whose_lock_file_another_process_takes_as_it_is_made_makes_another_one(tmp_path, monkeypatch):
+    import fcntl
+    opening, takers, (ours, theirs) = os.open, [], os.pipe()
+
+    def hold(path):
+        file = open(path, "r+b")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        os.write(theirs, b".")
+        signal.pause()
+
+    def opened(path, flags, *mode, **where):
+        fd = opening(path, flags, *mode, **where)
+        if str(path).endswith(".lock") and flags & os.O_EXCL and not takers:
+            takers.append(child(hold, path))
+            assert os.read(ours, 1)
+        return fd
+    monkeypatch.setattr(os, "open", opened)
+    with FaultyServer() as server, spooling(server, tmp_path) as collecter:
+        track(tracker_to(collecter), "a")
+        collecter.flush()
+        assert server.names == ["a"]
+    os.kill(takers[0], signal.SIGKILL)
+    os.waitpid(takers[0], 0)
+    os.close(ours)
+    os.close(theirs)
+
+
+@posix_only
 def test_a_lock_file_that_cannot_be_used_keeps_no_other_files_from_being_adopted(tmp_path, monkeypatch):
     monkeypatch.setattr(analysys, "_LOOK_EVERY", NEVER)                # but at the start
     leave(tmp_path, "left")
