@@ -4859,10 +4859,15 @@ def _attempt_at_exit(deadline: float) -> None:
     # A signal handler may have raised in the very moment in which these are cleared.
     _LOGGING.now = _WRITES.log = None
     _TELLING.discard((os.getpid(), threading.get_ident()))
-    states = [state for state, pid in _OPEN.copy().items() if pid == os.getpid()]
+    states = _open_states()
     _wait_at_exit(states, deadline)
     problems = {state: _close_at_exit(state, deadline) for state in states}
     _tell_at_exit({state: problem for state, problem in problems.items() if problem is not None})
+
+
+def _open_states() -> "List[_State]":
+    """Return the states of this process that are not done."""
+    return [state for state, pid in _OPEN.copy().items() if pid == os.getpid()]
 
 
 def _deliver_with_threads() -> None:
@@ -4876,7 +4881,7 @@ def _deliver_with_threads() -> None:
         return next((thread for thread in threading.enumerate() if not thread.daemon and thread not in mine), None)
 
     def wait() -> None:
-        for state in [state for state in list(_OPEN) if state.pid == os.getpid()]:
+        for state in _open_states():
             try:
                 state.flush(1.0)
             except Exception:  # it is told at the end
