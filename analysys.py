@@ -97,9 +97,9 @@ try:
 except ImportError:  # Windows, WebAssembly
     fcntl = None  # type: ignore[assignment]
 
-try:
+if os.name == "nt":
     import msvcrt
-except ImportError:  # all but Windows
+else:  # not even looked for: that takes long
     msvcrt = None  # type: ignore[assignment]
 
 _register_at_fork: "Any" = getattr(os, "register_at_fork", None)  # not in 3.6, not on Windows
