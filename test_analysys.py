@@ -7162,7 +7162,8 @@ def test_a_child_forked_inside_a_logging_handler_logs(each_fork):
         tracker.track("user", "Parent")
         reap(*pids)
     """, before="import re\n")
-    assert done.out.split() == ["Parent", "Child"], done
+    swallowed = hasattr(logging.Logger, "_is_disabled")                # 3.13.4 and 3.13.5 log nothing inside a handler
+    assert done.out.split() == ["Parent"] + ["Child"] * (not swallowed), done
 
 
 @posix_only
