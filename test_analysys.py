@@ -709,7 +709,7 @@ def each_step(more_than):
         yield step
         if not disturbed.came:
             break
-    assert more_than < step < 2000
+    assert more_than < step < 20000
 
 
 class Interrupt(BaseException):

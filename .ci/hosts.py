@@ -1057,7 +1057,8 @@ def newest_cpython(host):
 
 @row(seconds=90)
 def free_threaded_cpython(host):
-    """Neither PyPI nor Debian has one: what the machine has."""
+    """Neither PyPI nor Debian has one: what the machine has. Debian's sources of 3.13 and 3.14 build with --disable-gil
+    in some minutes; where the result's bin is in the PATH, this row runs."""
     pyenv = os.environ.get("PYENV_ROOT") or os.path.join(os.path.expanduser("~"), ".pyenv")
     folders = os.environ["PATH"].split(os.pathsep) + glob.glob(os.path.join(pyenv, "versions", "*t", "bin"))
     found = [path for part in folders for path in sorted(glob.glob(os.path.join(part, "python3.*[0-9]t")))]
