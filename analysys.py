@@ -1236,7 +1236,8 @@ _answer_decoder = json.JSONDecoder(strict=False)  # a server's message may hold 
 
 _DELIVERED, _REFUSED, _TOO_LARGE, _CHOKED, _RETRY = "delivered", "refused", "too large", "failing", "retry"
 _Verdict = collections.namedtuple("_Verdict", "kind reason wait")  # wait: seconds the server asked for, or None
-_Answer = collections.namedtuple("_Answer", "status headers payload")  # headers.get(NAME), in any case
+# Headers: with get(NAME), in any case. Payload: bytes; of an answer that we give: a list of bytes, or what yields them.
+_Answer = collections.namedtuple("_Answer", "status headers payload")
 _SUCCESS = _Verdict(_DELIVERED, "code 200", None)
 
 # Statuses that say nothing about the data, also where the answer's code carries them: C5
@@ -5068,7 +5069,6 @@ _SLOWEST = 128 * 1024  # bytes a second that a body comes with, once those secon
 _HEADER_NAME = r"[!-9;-~]+"
 
 _Request = collections.namedtuple("_Request", "method path query headers body")
-_Reply = collections.namedtuple("_Reply", "status headers payload")  # payload: a list of bytes, or what yields them
 
 
 class _Trouble(Exception):
@@ -5082,8 +5082,8 @@ class _Trouble(Exception):
 _NO_REQUEST = _Request("", "", "", {}, b"")  # that could be understood
 
 
-def _json_reply(status: int, told: "Any") -> "_Reply":
-    return _Reply(status, {"Content-Type": "application/json"}, [json.dumps(told).encode("ascii")])
+def _json_reply(status: int, told: "Any") -> "_Answer":
+    return _Answer(status, {"Content-Type": "application/json"}, [json.dumps(told).encode("ascii")])
 
 
 class _Bodies:
@@ -5220,7 +5220,7 @@ class _Connection:
             del self._buffer[:]
 
 
-def _pieces(reply: "_Reply", is_head: bool, keep: bool) -> "Iterator[bytes]":
+def _pieces(reply: "_Answer", is_head: bool, keep: bool) -> "Iterator[bytes]":
     """Return what is sent of *reply*, one that *is_head* without its body: a packet, mostly."""
     import email.utils
 
@@ -5421,7 +5421,7 @@ class Receiver:
         if not is_own or site not in (None, "none", "same-origin") and not follows:
             raise _Trouble(403, "pages of another origin may not ask: --cors ORIGIN lets those of one post to /up")
 
-    def _answer(self, request: "_Request") -> "_Reply":
+    def _answer(self, request: "_Request") -> "_Answer":
         """Return what to answer to *request*, which is admitted and whole."""
         if not request.path.endswith("/up"):
             raise _Trouble(404, "records go to /up")
@@ -5432,7 +5432,7 @@ class Receiver:
                 asked = request.headers.get("access-control-request-headers", "content-type")
                 headers.update({"Access-Control-Allow-Headers": asked, "Access-Control-Allow-Methods": "POST"})
                 headers.update({"Access-Control-Allow-Private-Network": "true", "Access-Control-Max-Age": "600"})
-                return _Reply(204, headers, [])
+                return _Answer(204, headers, [])
         if request.method != "POST":
             raise _Trouble(405, "records are posted")
         reply = _json_reply(*self._take(request.body))
@@ -5629,7 +5629,7 @@ class _Site(Receiver):
             self.inventory = _Inventory()
             self.feed.clear()
 
-    def _answer(self, request: "_Request") -> "_Reply":
+    def _answer(self, request: "_Request") -> "_Answer":
         method = "GET" if request.method == "HEAD" else request.method
         route = self._routes.get((method, request.path))
         if route is not None:
@@ -5674,45 +5674,45 @@ class _Site(Receiver):
         for record, reason in zip(records, reasons):
             self.printer.add(record, reason)
 
-    def _page(self, _: "_Request") -> "_Reply":
+    def _page(self, _: "_Request") -> "_Answer":
         import hashlib
 
         digests = [hashlib.sha256(source.encode("utf-8")).digest() for source in (_STYLE, _SCRIPT)]
         policy = _POLICY % tuple(binascii.b2a_base64(digest, newline=False).decode() for digest in digests)
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}
-        return _Reply(200, headers, [(_HTML % (_STYLE, _SCRIPT)).encode("utf-8")])
+        return _Answer(200, headers, [(_HTML % (_STYLE, _SCRIPT)).encode("utf-8")])
 
-    def _events(self, request: "_Request") -> "_Reply":
+    def _events(self, request: "_Request") -> "_Answer":
         found = re.fullmatch(r"(?:after=([0-9]{1,18}))?", request.query)
         if not found:
             raise _Trouble(400, "the query must be after=N or nothing")
         with self.feed.changed:
             lines = [line for _, _, line in self.feed.after(int(found.group(1) or 0))]
-        return _Reply(200, {"Content-Type": "application/x-ndjson; charset=utf-8"}, lines)
+        return _Answer(200, {"Content-Type": "application/x-ndjson; charset=utf-8"}, lines)
 
-    def _clear(self, _: "_Request") -> "_Reply":
+    def _clear(self, _: "_Request") -> "_Answer":
         self.clear()
-        return _Reply(204, {}, [])
+        return _Answer(204, {}, [])
 
-    def _as_inventory(self, _: "_Request") -> "_Reply":
+    def _as_inventory(self, _: "_Request") -> "_Answer":
         with self._arrived:  # it is not a copy
             return _json_reply(200, self.inventory.as_json())
 
-    def _rates(self, _: "_Request") -> "_Reply":
+    def _rates(self, _: "_Request") -> "_Answer":
         return _json_reply(200, {"now": int(time.time()), "rates": self.feed.rates()})
 
-    def _fail_next(self, request: "_Request") -> "_Reply":
+    def _fail_next(self, request: "_Request") -> "_Answer":
         try:
             self.fail_next(**_decode(request.body or b"{}"))
         except (ValueError, TypeError, RecursionError) as error:
             raise _Trouble(400, "number, status and code are asked for in JSON: %s" % str(error)[:200]) from None
-        return _Reply(204, {}, [])
+        return _Answer(204, {}, [])
 
-    def _stream(self, request: "_Request") -> "_Reply":
+    def _stream(self, request: "_Request") -> "_Answer":
         last = request.headers.get("last-event-id", "")
         start = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else 0
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}  # for nginx
-        return _Reply(200, headers, self._follow(start))
+        return _Answer(200, headers, self._follow(start))
 
     def _follow(self, start: int) -> "Iterator[bytes]":
         """Yield events for one page as they come, until it leaves or lags; *start* is the last that it has, or 0.
@@ -7990,7 +7990,12 @@ _CLOCK_OFF = 60  # seconds: C8
 _CERTIFICATE_ENDS = 30 * 86400  # seconds: C8
 _STATES = ("OK", "SKIP", "WARN", "FAIL")  # the worst last
 
-_Finding = collections.namedtuple("_Finding", "state seen advice")
+
+class _Finding:
+    """What a step saw: one of the states, in words, and what to try."""
+
+    def __init__(self, state: str, seen: str, advice: "Optional[str]" = None) -> None:
+        self.state, self.seen, self.advice = state, seen, advice
 
 
 def _doctor(arguments: "Any") -> int:
@@ -8046,7 +8051,7 @@ class _Doctor:
     def run(self, step: str, look: "Callable[[], _Finding]") -> None:
         """Note what *look* sees, if it ends in time."""
         seconds = self._arguments.request_timeout
-        seen = [_Finding("FAIL", "it did not end in %g s" % seconds, None)]
+        seen = [_Finding("FAIL", "it did not end in %g s" % seconds)]
         thread = threading.Thread(target=lambda: seen.append(_finding(look)), daemon=True)
         start = _CLOCK.now()
         try:
@@ -8054,19 +8059,20 @@ class _Doctor:
             thread.join(seconds + 1)  # most end by themselves before
         except RuntimeError:
             seen.append(_finding(look))
-        state, text, advice = seen[-1]
-        ms = None if state == "SKIP" else int((_CLOCK.now() - start) * 1000)
-        if state == "FAIL" and step not in ("file", "python") and not self._blocked:
+        found = seen[-1]
+        ms = None if found.state == "SKIP" else int((_CLOCK.now() - start) * 1000)
+        if found.state == "FAIL" and step not in ("file", "python") and not self._blocked:
             self._blocked = step
-        self.rows.append({"step": step, "state": state, "seen": _printable(text), "try": advice, "ms": ms})
+        row = {"step": step, "state": found.state, "seen": _printable(found.seen), "try": found.advice, "ms": ms}
+        self.rows.append(row)
 
     def _unless_blocked(self, look: "Callable[[], _Finding]") -> "_Finding":
-        return _Finding("SKIP", "not possible: %s failed" % self._blocked, None) if self._blocked else look()
+        return _Finding("SKIP", "not possible: %s failed" % self._blocked) if self._blocked else look()
 
     def _file(self) -> "_Finding":
         digest = _fingerprint()
         text = "analysys %s, SHA-256 %s, %s" % (__version__, digest, globals().get("__file__", "in no file"))
-        return _Finding("WARN" if digest == "unknown" else "OK", text, None)
+        return _Finding("WARN" if digest == "unknown" else "OK", text)
 
     def _python(self) -> "_Finding":
         import platform
@@ -8084,7 +8090,7 @@ class _Doctor:
         if not version and self._parts.scheme == "https":
             self._blocked = "python"
             return _Finding("FAIL", text, "https needs a Python with the ssl module")
-        return _Finding("WARN" if lacks else "OK", text + "; it lacks " * bool(lacks) + ", ".join(lacks), None)
+        return _Finding("WARN" if lacks else "OK", text + "; it lacks " * bool(lacks) + ", ".join(lacks))
 
     def _look_for_proxy(self) -> "_Finding":
         import urllib.parse
@@ -8093,11 +8099,11 @@ class _Doctor:
         host, scheme = str(self._parts.hostname), self._parts.scheme
         found = urllib.request.getproxies().get(scheme)
         if not found:
-            return _Finding("OK", "none for %s" % scheme, None)
+            return _Finding("OK", "none for %s" % scheme)
         found = found if "//" in found else "http://" + found
         shown = re.sub(r"//.*@", "//", found)
         if not self._transport().proxy():
-            return _Finding("OK", "%s is set, but not for %s" % (shown, host), None)
+            return _Finding("OK", "%s is set, but not for %s" % (shown, host))
         try:
             parts = urllib.parse.urlsplit(found)
             is_http = parts.scheme == "http" and parts.hostname and parts.port != 0
@@ -8106,7 +8112,7 @@ class _Doctor:
         if not is_http:
             return _Finding("FAIL", "%s is set, and is no http proxy" % shown, "unset it, or no_proxy=%s" % host)
         self._proxy = parts
-        return _Finding("OK", "%s, through which everything goes" % shown, None)
+        return _Finding("OK", "%s, through which everything goes" % shown)
 
     def _target(self) -> "Tuple[str, int]":
         parts = self._proxy or self._parts
@@ -8121,7 +8127,7 @@ class _Doctor:
         except (OSError, UnicodeError) as error:
             return _Finding("FAIL", "%s: %s" % (host, error), _search_hint("gaierror"))
         found = sorted({str(address[4][0]) for address in self._addresses})
-        return _Finding("OK", "%s%s is %s" % ("the proxy " * bool(self._proxy), host, ", ".join(found)), None)
+        return _Finding("OK", "%s%s is %s" % ("the proxy " * bool(self._proxy), host, ", ".join(found)))
 
     def _connect(self) -> "_Finding":
         import socket
@@ -8147,7 +8153,7 @@ class _Doctor:
 
     def _tls(self) -> "_Finding":
         if self._parts.scheme == "http":
-            return _Finding("SKIP", "plain http", None)
+            return _Finding("SKIP", "plain http")
         import ssl
 
         transport = self._transport()
@@ -8165,7 +8171,7 @@ class _Doctor:
         text = "%s, by %s, for %s, until %s" % (version, by, names, shown["notAfter"])
         if left < _CERTIFICATE_ENDS:
             return _Finding("WARN", text, "have the certificate renewed: it ends in %d days" % (left // 86400))
-        return _Finding("OK", text, None)
+        return _Finding("OK", text)
 
     def _clock(self) -> "_Finding":
         import email.utils
@@ -8174,18 +8180,18 @@ class _Doctor:
         try:
             date = transport.post(b"", self._arguments.request_timeout, "HEAD").headers.get("Date")
         except Exception as error:
-            return _Finding("SKIP", "no answer to HEAD: %s" % (error or type(error).__name__), None)
+            return _Finding("SKIP", "no answer to HEAD: %s" % (error or type(error).__name__))
         finally:
             transport.close()
         if not date:
-            return _Finding("OK", "the server does not tell its time", None)
+            return _Finding("OK", "the server does not tell its time")
         try:
             off = email.utils.parsedate_to_datetime(date).timestamp() - (start + time.time()) / 2 + 0.5
         except (ValueError, TypeError, IndexError):
-            return _Finding("OK", "the server's Date is none: %s" % date, None)
+            return _Finding("OK", "the server's Date is none: %s" % date)
         text = "the server's is %.0f s %s" % (abs(off), "ahead" if off > 0 else "behind")
         advice = "set this machine's clock: events outside the platform's window are dropped"
-        return _Finding("WARN", text, advice) if abs(off) > _CLOCK_OFF else _Finding("OK", text, None)
+        return _Finding("WARN", text, advice) if abs(off) > _CLOCK_OFF else _Finding("OK", text)
 
     def _event(self) -> "_Finding":
         _LOGGING.now = os.getpid()  # in this thread: what debug mode logs is shown as this step
@@ -8195,7 +8201,7 @@ class _Doctor:
         tracker.setDebugMode(1)
         try:
             tracker.track("analysys-check", "analysys_check")
-            return _Finding("OK", "the server took an event: %s" % _SUCCESS.reason, None)
+            return _Finding("OK", "the server took an event: %s" % _SUCCESS.reason)
         except AnalysysPythonSdkIllegalDataException as error:
             return _Finding("FAIL", str(error), "is the app id the one that the platform shows?")
         except AnalysysPythonSdkException as error:
@@ -8208,7 +8214,7 @@ def _finding(look: "Callable[[], _Finding]") -> "_Finding":
     try:
         return look()
     except Exception as error:
-        return _Finding("FAIL", "%s: %s" % (type(error).__name__, error), None)
+        return _Finding("FAIL", "%s: %s" % (type(error).__name__, error))
 
 
 def _shake_hands(where: "Any", connection: "Any", request: "Any", deadline: float) -> "Tuple[str, Record]":
@@ -8230,7 +8236,7 @@ def _look_at_directory(path: str, is_spool: bool, seconds: float) -> "_Finding":
             above = os.path.dirname(above)
         if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
             return _Finding("FAIL", "%s cannot be made in %s" % (path, above), "name another, or have it made")
-        return _Finding("WARN", "%s is not there: it will have to be made in %s" % (path, above), None)
+        return _Finding("WARN", "%s is not there: it will have to be made in %s" % (path, above))
     if not os.path.isdir(path):
         return _Finding("FAIL", "%s is no directory" % path, "name another")
     findings = list(_directory_findings(path, is_spool))
@@ -8246,7 +8252,7 @@ def _directory_findings(path: str, is_spool: bool) -> "Iterator[_Finding]":
 
     found, free = os.stat(path), shutil.disk_usage(path).free
     own = getattr(os, "geteuid", lambda: found.st_uid)()
-    yield _Finding("OK", "%s, of user %d, mode %03o" % (path, found.st_uid, found.st_mode & 0o7777), None)
+    yield _Finding("OK", "%s, of user %d, mode %03o" % (path, found.st_uid, found.st_mode & 0o7777))
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         yield _Finding("FAIL", "this user (%d) may not write there" % own, "chown or chmod it, or name another")
     if is_spool and found.st_uid not in (own, 0):
@@ -8277,7 +8283,7 @@ def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_
         elif re.match(r"rejected\.log", name) and found.st_size:
             yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
     if not is_spool and _is_locked(os.path.join(path, "upload.checkpoint.lock")):
-        yield _Finding("OK", "an upload is at work", None)
+        yield _Finding("OK", "an upload is at work")
     waits, files, since = _waiting(path, is_spool, deadline)
     if files:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
