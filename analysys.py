@@ -1762,7 +1762,8 @@ def _inode_at(fd: int) -> "Optional[Tuple[int, int]]":
 def _close_kept(fd: int, made: "Optional[Tuple[int, int]]") -> None:
     """Close a descriptor that was kept, if it is still the one that was *made*.
 
-    A child of a fork that Python was not told of may have closed them all, as daemons do, and opened others since.
+    A process that becomes a daemon, or a child of a fork that Python was not told of, may have closed them all and
+    opened others since.
     """
     if made is not None and _inode_at(fd) == made:
         _close_now(fd)
@@ -2387,7 +2388,7 @@ class _SharedFile:
     def _lock(self, patience: float) -> int:
         """Lock the file that is at the path now, opening it anew where it was renamed or deleted; return its size."""
         for _ in range(100):
-            if not self._is_open:
+            if not self._is_open or _inode_at(self._fd) != self._inode:  # somebody closed it: now it is another file's
                 self.close()
                 self._fd = self._open(self.path)
                 self._inode, self._place, self._end = _inode(os.fstat(self._fd)), os.fsencode(self.path), 0
@@ -3043,35 +3044,33 @@ class _Owner:
         self.name = name
         self.files: "List[_SpoolFile]" = []  # that are not removed, the oldest first
         self.base = os.path.join(directory, name)
-        self._lock_fd = -1
-        self._lock_made: "Optional[Tuple[int, int]]" = None  # which file that is
+        self._lock: "Tuple[int, Any]" = (-1, None)  # a descriptor, and of which file it was made
         self._is_over = False
 
     def claim(self, flags: int) -> bool:
         """Lock the files, if nobody else has; raise OSError where that cannot be tried."""
         fd = _open_own(self.base + ".lock", os.O_RDWR | flags)
+        lock = fd, _inode_at(fd)
         try:
             if _try_lock(fd, _LOCKF) and os.fstat(fd).st_nlink > 0:  # else it was removed meanwhile, by its owner
-                self._lock_made = _inode_at(fd)  # first: who has the descriptor must know whose it is
-                self._lock_fd, fd = fd, self._lock_fd  # what was there before is closed below
+                self._lock, lock = lock, self._lock  # what was there before is closed below
                 self._take_room()
         finally:
-            if fd >= 0:
-                os.close(fd)
-        return self._lock_fd >= 0
+            _close_kept(*lock)
+        return self._lock[0] >= 0
 
     def _take_room(self) -> None:
         """See to it that a note finds room when the disk is full: what is delivered must not come again for that."""
         try:
-            if not os.fstat(self._lock_fd).st_size:
-                os.write(self._lock_fd, b" " * _LOCK_SIZE + b"\n")
+            if not os.fstat(self._lock[0]).st_size:
+                os.write(self._lock[0], b" " * _LOCK_SIZE + b"\n")
         except OSError:  # it is full already
             pass
 
     def find(self, names: "List[str]") -> None:
         """Take over files from an owner that is gone; *names* are those that it had, the oldest first."""
         try:
-            text = _read_at(self._lock_fd, 0, _CHUNK).partition(b"\n")[0]
+            text = _read_at(self._lock[0], 0, _CHUNK).partition(b"\n")[0]
             kept = json.loads(text.decode().strip() or "{}")
         except (OSError, ValueError, RecursionError):
             kept = None
@@ -3106,17 +3105,20 @@ class _Owner:
                 continue
             self.files.remove(file)
         kept = json.dumps({file.name: file.position() for file in self.files if file.offset or file.ranges[0][0]})
-        os.lseek(self._lock_fd, 0, os.SEEK_SET)
-        if os.write(self._lock_fd, kept.encode("ascii") + b"\n") <= len(kept):
+        fd, made = self._lock
+        if _inode_at(fd) != made:
+            raise OSError(errno.EBADF, "somebody closed its descriptor")
+        os.lseek(fd, 0, os.SEEK_SET)
+        if os.write(fd, kept.encode("ascii") + b"\n") <= len(kept):
             raise OSError(errno.ENOSPC, "there is no room")
         if stuck is not None:
             raise stuck
 
     def keep_lock(self) -> None:
-        """Lock the lock file again, and make it anew where somebody removed it."""
+        """Lock the lock file again; open it anew where somebody closed it, make it anew where somebody removed it."""
         try:
-            if os.path.samestat(os.lstat(self.base + ".lock"), os.fstat(self._lock_fd)):
-                _try_lock(self._lock_fd, _LOCKF)  # again: somebody else in this process may have read and closed it
+            if _inode(os.lstat(self.base + ".lock")) == _inode_at(self._lock[0]):
+                _try_lock(self._lock[0], _LOCKF)  # again: somebody else in this process may have read and closed it
                 return
         except FileNotFoundError:
             os.makedirs(os.path.dirname(self.base), 0o700, exist_ok=True)
@@ -3132,8 +3134,8 @@ class _Owner:
 
     def disown(self) -> None:
         # In this order: a descriptor that an exception out of a signal handler had us forget would keep the lock.
-        _close_kept(self._lock_fd, self._lock_made)
-        self._lock_fd = -1
+        _close_kept(*self._lock)
+        self._lock = -1, None
 
 
 class _Writer(_Owner):
@@ -3163,7 +3165,10 @@ class _Writer(_Owner):
                 self._mend()
             # By what was noted, not by a stat, which costs a third of the call: whether somebody has changed the file
             # is looked at once a second, and at the end.
-            size = self.files[-1].end if self.files and self.files[-1].fd >= 0 else -1
+            file = self.files[-1] if self.files else None
+            if file is not None and file.fd >= 0 and _inode_at(file.fd) != file.made:
+                file.close()  # somebody did, and what has that number now is another file's
+            size = file.end if file is not None and file.fd >= 0 else -1
             # An inner call leaves the file to the outer one, whose lines its end lacks: it would be done without them.
             if size < 0 or size and size + len(lines) > self.room.roll_size and not is_inner:
                 unsettled = [file for file in self.files[:] if file.has_more() or file.flight]

@@ -4092,6 +4092,40 @@ def test_children_forked_while_a_spool_is_read_do_not_hang(tmp_path):
 
 
 @posix_only
+@pytest.mark.parametrize("notice", [0.1, NEVER])
+def test_nothing_is_written_into_files_that_got_the_numbers_of_descriptors_that_somebody_closed(tmp_path, notice):
+    with FaultyServer() as server:
+        run("""
+            logging.disable(logging.WARNING)           # it may have to say that it cannot note what is delivered
+            analysys._NOTICE_EVERY = notice = %r
+            path = os.path.join(folder, "spool")
+            collecters = LogCollecter(folder), BatchCollecter(url, 1000, 1000, spool_path=path)
+            for collecter in collecters:
+                collecter.uploadData(event("a"))
+            lock, = [os.path.join(path, name) for name in os.listdir(path) if name.endswith(".lock")]
+            os.closerange(3, 50)                       # as what becomes a daemon does
+            strangers = [open(os.path.join(folder, "file%%d" %% number), "w+b") for number in range(50)]
+            for name in "b", "c":
+                for collecter in collecters:
+                    collecter.uploadData(event(name))
+            wait_until(lambda: notice > 1 or any(os.path.samestat(os.stat(lock), os.fstat(fd)) for fd in descriptors()))
+            for collecter in collecters:
+                collecter.close()
+                balanced(collecter, accepted=3, delivered=3)
+            assert [os.fstat(file.fileno()).st_size for file in strangers] == [0] * 50
+        """ % notice, server.url, tmp_path, before="""
+            def descriptors():
+                for fd in range(3, 100):
+                    try:
+                        os.fstat(fd)
+                        yield fd
+                    except OSError:
+                        pass
+        """)
+        assert server.names == ["a", "b", "c"] == lines_in(tmp_path) and list((tmp_path / "spool").iterdir()) == []
+
+
+@posix_only
 def test_a_spool_whose_lock_file_another_process_takes_as_it_is_made_makes_another_one(tmp_path, monkeypatch):
     import fcntl
     opening, takers, (ours, theirs) = os.open, [], os.pipe()
