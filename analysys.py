@@ -304,8 +304,9 @@ def _shown(value: object) -> str:
 
     try:
         if isinstance(value, int) and int.bit_length(value) > 128:
-            return "an int of %d bits" % int.bit_length(value)
+            return _shown_int(value, 0)
         shortened = reprlib.Repr()
+        shortened.repr_int = _shown_int  # type: ignore[method-assign]
         shortened.maxother = 100  # a datetime has more than the usual 30
         shown = shortened.repr(value)[:100]
         if type(value) in (str, list, tuple) and len(value) > 30:  # type: ignore[arg-type]
@@ -313,6 +314,11 @@ def _shown(value: object) -> str:
         return shown
     except Exception:
         return "a %s" % type(value).__name__[:100]
+
+
+def _shown_int(x: int, level: int) -> str:
+    """As `reprlib` does it, but for the digits of large ones, which take quadratic time."""
+    return "an int of %d bits" % int.bit_length(x) if int.bit_length(x) > 128 else repr(x)
 
 
 def _printable(text: object) -> str:

@@ -1844,6 +1844,7 @@ HUGE = "x" * 10 ** 7
     ("data_platform", ("profile_delete", "u", [HUGE])), ("is_login xxxxx", ("profile_delete", "u", "", HUGE)),
     ("xwhen xxxxx", ("profile_delete", "u", "", True, HUGE)),
     ("xwhen", ("profile_delete", "u", "", True, 10 ** 10 ** 5)),
+    ("city int 332193 bits", ("track", "u", "E", {"city": {"a": [10 ** 10 ** 5]}})),
     ("super_properties", ("registerSuperProperties", HUGE)), ("profile_properties_keys", ("profile_unset", "u", HUGE)),
     ("profile_properties_keys xxxxx", ("profile_unset", "u", [HUGE]))])
 def test_a_message_names_the_argument_the_value_and_the_limit_and_is_short(words, call):
