@@ -21,6 +21,7 @@ import http.client
 import json
 import os
 import platform
+import random
 import resource
 import shutil
 import socket
@@ -138,8 +139,15 @@ def in_turn(times, floor, row):
 
 
 def in_rounds(times, function, arguments, choose=min):
-    """Return what *choose* makes of the results of *function* for each of *arguments*, called in turn."""
-    rounds = [[function(argument) for argument in arguments] for _ in range(times)]
+    """Return what *choose* makes of the results of *function* for each of *arguments*, called in turn.
+
+    Each round has an order of its own: what comes after something large is slower, 7 % of an import.
+    """
+    chance, order, rounds = random.Random(1), list(range(len(arguments))), []
+    for _ in range(times):
+        chance.shuffle(order)
+        found = {place: function(arguments[place]) for place in order}
+        rounds.append([found[place] for place in range(len(arguments))])
     return [choose(column) for column in zip(*rounds)]
 
 
