@@ -2889,10 +2889,12 @@ class _LineQueue:
         lines = [line for line, _ in damaged]
         self._count(lines)
         self._rejected.add(damaged, True)
-        self._settle(lines)
-        for line, reason in damaged:
-            text = line.text[:_SHOWN].decode("utf-8", "replace")
-            self.ledger.settle(1, AnalysysPythonSdkIllegalDataException(reason, [text]))
+        try:
+            for line, reason in damaged:  # first, as in settle()
+                text = line.text[:_SHOWN].decode("utf-8", "replace")
+                self.ledger.settle(1, AnalysysPythonSdkIllegalDataException(reason, [text]))
+        finally:
+            self._settle(lines)
 
     def settle(self, items: "List[Item]", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
         with self._reading:
@@ -2901,9 +2903,9 @@ class _LineQueue:
             if error is not None:
                 self._rejected.add([(item, str(error)) for item in items], False)
             try:
-                self._settle(items)
+                self.ledger.settle(len(items), error)  # first: who sees them settled must see what is to be told
             finally:
-                self.ledger.settle(len(items), error)
+                self._settle(items)
         self._rejected.warn()
 
     def _take(self, most: int, taken: "List[Any]") -> "List[Tuple[_Line, str]]":

@@ -4647,6 +4647,19 @@ def test_a_second_name_of_its_own_file_which_a_backup_makes_holds_up_no_record(t
         assert server.names == ["a", "b"]
 
 
+@table("line, act", [
+    (lines_of("a").encode(), lambda queue, items: queue.settle(items, IllegalData("no"))),
+    (b'{"cut', lambda queue, _: queue.take(1))])
+def test_what_a_spool_refuses_is_to_be_told_before_it_counts_as_settled(line, act, tmp_path):
+    for step in each_step(20):
+        with spool(tmp_path / str(step)) as (queue, _):
+            queue.put(line.rstrip() + b"\n")
+            items, seen = queue.take(1) if line.endswith(b"\n") else [], []
+            disturbed(lambda: act(queue, items), step, lambda: seen.append(
+                (queue.mark()[1], len(queue.ledger.refusals), queue.ledger.stats()["rejected"])))
+            assert set(seen) <= {(0, 0, 0), (0, 1, 0), (0, 1, 1), (1, 1, 1)} and queue.mark() == (1, 1)
+
+
 def test_a_flood_of_refused_records_stays_within_the_limit_of_the_spool_and_what_is_dropped_is_counted(tmp_path):
     with FaultyServer(then=refuse("bad")) as server, logged() as entries:
         with spooling(server, tmp_path, spool_max_bytes=64000, on_error=lambda *_: None) as collecter:
