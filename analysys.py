@@ -8434,7 +8434,10 @@ def _restore(handlers: "Dict[int, Any]") -> None:
     import signal
 
     for number, handler in handlers.items():
-        signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
+        try:
+            signal.signal(number, signal.SIG_IGN if __name__ == "__main__" else handler)
+        except TypeError:  # before 3.9.3 CPython calls SIG_IGN, a number, for a signal of this very moment
+            pass
 
 
 def _parser() -> "Any":
