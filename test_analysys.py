@@ -4100,12 +4100,19 @@ def test_nothing_is_written_into_files_that_got_the_numbers_of_descriptors_that_
             logging.disable(logging.WARNING)           # it may have to say that it cannot note what is delivered
             analysys._NOTICE_EVERY = notice = %r
             path = os.path.join(folder, "spool")
+            waiting, locks, strangers = analysys._CLOCK.wait, [], []
+            def wait(*arguments):
+                if threading.current_thread() is not threading.main_thread() and not strangers:
+                    wait_until(lambda: locks)          # now nobody has a file open for a moment only
+                    os.closerange(3, 50)               # as what becomes a daemon does
+                    strangers[:] = [open(os.path.join(folder, "file%%d" %% number), "w+b") for number in range(50)]
+                return waiting(*arguments)
+            analysys._CLOCK.wait = wait
             collecters = LogCollecter(folder), BatchCollecter(url, 1000, 1000, spool_path=path)
             for collecter in collecters:
                 collecter.uploadData(event("a"))
-            lock, = [os.path.join(path, name) for name in os.listdir(path) if name.endswith(".lock")]
-            os.closerange(3, 50)                       # as what becomes a daemon does
-            strangers = [open(os.path.join(folder, "file%%d" %% number), "w+b") for number in range(50)]
+            lock, = locks[:] = [os.path.join(path, name) for name in os.listdir(path) if name.endswith(".lock")]
+            wait_until(lambda: strangers)
             for name in "b", "c":
                 for collecter in collecters:
                     collecter.uploadData(event(name))
