@@ -225,7 +225,8 @@ _LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's 
 _SHORT_LOCK_TIMEOUT = 0.05  # and once that was in vain: C6
 _LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
 _LOGGER = "analysys"
-_SENDER = "analysys-sender"  # the name of the thread that sends
+_SENDER = "analysys-sender"  # the name of the thread that sends,
+_WAITER = "analysys-exit"  # and of one that waits for others to end; copies of the module must know each other's
 _GZIP_LEVEL = 3  # of 100 records (48 KB): 7.4 KB in 124 us; level 6: 6.7 KB in 376 us; level 1: 7.6 KB in 112 us
 _ONE_PACKET = 900  # bytes of text that fit into one packet, in base64 and with a request's head: not compressed
 _GZIP = 31  # zlib's number for "gzip, largest window"
@@ -4819,11 +4820,9 @@ def _register(state: "Any") -> bool:
             atexit.register(_deliver_at_exit)  # forked children inherit it
         # Once the main thread is over, exit hooks are running already and no new one is called.
         _HOOKS[pid] = threading.main_thread().is_alive()
-        # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process,
-        # and not before it begins: then it forgets them. Hooks of a fork and modules that it imports come sooner.
         process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
         if process and util:
-            util.register_after_fork(_deliver_with_threads, lambda hook: util.Finalize(None, hook, exitpriority=0))
+            _hook_processes(util)
             if type(process.current_process()).__name__ != "_MainProcess":
                 util.Finalize(None, _deliver_with_threads, exitpriority=0)
     if _HOOKS[pid]:
@@ -4834,6 +4833,21 @@ def _register(state: "Any") -> bool:
 def _is_exit() -> bool:
     """Tell whether the exit hook of this process has begun."""
     return not _HOOKS.get(os.getpid(), True)
+
+
+@functools.lru_cache(None)  # once, in this process or in one that forked it: what is told at the end is told once
+def _hook_processes(util: "Any") -> None:
+    """Have each process of multiprocessing that this one forks deliver at its end.
+
+    They end without atexit. Their own finalizers run, if registered in that very process, and not before it begins:
+    then it forgets them. Hooks of a fork and modules that it imports come sooner.
+    """
+
+    def begin(hook: "Callable[[], None]") -> None:
+        _HOOKS[os.getpid()] = True
+        util.Finalize(None, hook, exitpriority=0)
+
+    util.register_after_fork(_deliver_with_threads, begin)
 
 
 @functools.lru_cache(None)  # once
@@ -4890,9 +4904,11 @@ def _deliver_with_threads() -> None:
     Some never are, and the process is killed. So what is there now goes out now.
     """
 
+    def is_other(thread: "threading.Thread") -> bool:
+        return not thread.daemon and thread is not threading.main_thread() and thread.name != _WAITER
+
     def other() -> "Optional[threading.Thread]":
-        mine = threading.current_thread(), threading.main_thread()
-        return next((thread for thread in threading.enumerate() if not thread.daemon and thread not in mine), None)
+        return next(filter(is_other, threading.enumerate()), None)
 
     def wait() -> None:
         for state in _open_states():
@@ -4906,7 +4922,7 @@ def _deliver_with_threads() -> None:
 
     if other() is not None and sys.version_info >= (3, 7):  # before, they end with the process
         try:
-            threading.Thread(target=wait, daemon=False).start()
+            threading.Thread(target=wait, name=_WAITER, daemon=False).start()
             return
         except RuntimeError:  # no more threads
             pass

@@ -7760,6 +7760,34 @@ def test_threads_of_a_process_of_multiprocessing_track_until_their_own_end(kind,
         assert server.names + lines_in(tmp_path) == ["early", "late", "later"]
 
 
+@posix_only
+def test_a_process_of_multiprocessing_ends_with_its_threads_also_where_its_parent_and_copies_of_the_module_tracked():
+    with FaultyServer() as server:
+        run("""
+            import importlib.util, multiprocessing.util
+            spec = importlib.util.spec_from_file_location("vendored", analysys.__file__)
+            copy = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(copy)
+            trackers = [module.AnalysysPythonSdk(module.BatchCollecter(url)) for module in (analysys, copy)]
+            def track(name):
+                for tracker in trackers:
+                    tracker.setAppId("app")
+                    tracker.track("user", name)
+                    tracker.flush(20)
+            def work():
+                track("child")
+                threading.Thread(target=threading.main_thread().join).start()      # it ends after this process's function
+            track("parent")
+            worker = multiprocessing.get_context("fork").Process(target=work)
+            worker.start()
+            worker.join(30)
+            status = worker.exitcode
+            worker.terminate()
+            assert status == 0, status
+        """, server.url)
+        assert server.names == ["parent"] * 2 + ["child"] * 2
+
+
 # ---------------------------------------------------------------------------
 # Environments
 # ---------------------------------------------------------------------------
