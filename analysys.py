@@ -3159,16 +3159,17 @@ class _Writer(_Owner):
     def __init__(self, directory: str, max_bytes: int) -> None:
         suffix = binascii.hexlify(os.urandom(4)).decode()
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
-        self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
+        self.writing: "Any" = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
         self.written = 0  # records: the one count of them
         self.room = _Room(directory, self.name, max_bytes)
-        self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
         self._numbers = itertools.count(1)  # of files; a step that no other call comes into
 
-    def append(self, lines: bytes) -> bool:
-        """Hand *lines* to the operating system, all or none; return False where there is no room. Under `writing`."""
-        is_inner, self._is_busy = self._is_busy, True
+    def append(self, lines: bytes, is_inner: bool) -> bool:
+        """Hand *lines* to the operating system, all or none; return False where there is no room.
+
+        Under `writing`; *is_inner*: this thread had it before, so it is inside another call.
+        """
         try:
             if self._is_torn and not is_inner:  # since it could not be mended at once
                 self._mend()
@@ -3195,10 +3196,6 @@ class _Writer(_Owner):
             self._is_torn = True
             raise
         finally:
-            try:
-                self._is_busy = is_inner
-            finally:  # again, where a signal handler raised in that very moment
-                self._is_busy = is_inner
             if self._is_torn and not is_inner:
                 self._mend()
 
@@ -3435,13 +3432,14 @@ class _Spool(_LineQueue):
 
     def put(self, line: bytes) -> int:
         own = self._own
+        is_inner = own.writing._is_owned()
         with own.writing:
             if self._closed:
                 raise _closed()
             if type(line) is _Echo:
                 self._echoes.add(bytes(line))
             try:
-                if not own.append(line):
+                if not own.append(line, is_inner):
                     return 0
             except OSError as error:
                 raise _unwritable(own.path(), error, [line]) from error

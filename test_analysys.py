@@ -3679,6 +3679,18 @@ def test_a_spool_counts_what_it_holds_and_hands_it_out_once_whatever_comes_insid
             balanced(queue.ledger.stats(), delivered=len(names), pending=0)
 
 
+def test_wherever_a_signal_handler_raises_in_put_the_files_of_a_spool_still_roll(tmp_path):
+    for step in each_step(20):
+        with spool(tmp_path / str(step)) as (queue, put):
+            queue._own.room.roll_size = 1000
+            disturbed(lambda: put("a", 700), step, interrupt)
+            while queue._own.writing._is_owned():      # in a `with` that was about to unlock it
+                queue._own.writing.release()
+            put("b", 700)
+            put("c", 700)
+            assert max(path.stat().st_size for path in (tmp_path / str(step)).glob("*.log")) <= 1000
+
+
 @table("mends", ["at once", "with the next call"])
 def test_a_part_of_a_line_that_an_interrupted_call_left_is_cut_off(tmp_path, monkeypatch, mends):
     def interrupted(fd, data):
