@@ -3769,11 +3769,11 @@ class _Sender:
 
     def _choked(self, part: "_Part", verdict: "_Verdict") -> None:
         """The server has *part* and fails, which may be the fault of either."""
-        at = self._parts.index(part)
+        at, wait = self._parts.index(part), verdict.wait
         is_probe = at > 0 and self.outage.since is not None  # one behind the first, which waits for the server
         part.failures += 1
         part.overtaken = bool(part.overtaken)
-        wait, self._next = verdict.wait, 0
+        self._next = 0
         if len(part.items) > 1:  # nothing overtakes several: their order is kept, and they are cut in time
             self._probe = at or 1
             if part.failures >= _CUT_AFTER:
@@ -3783,14 +3783,14 @@ class _Sender:
             self._refuse(part, "given up: others get through, but on this record the server fails: " + verdict.reason)
             self.outage.over()
             return
-        elif not is_probe and not part.stands_aside():
+        elif is_probe:  # in vain: the next one is tried after the first
+            self._probe = at + 1
+        elif not part.stands_aside():
             self._next = at  # it may be the server's fault: the order is kept, for now
-        else:  # a record alone: see whether one part behind it gets through, and then wait
-            behind = at + 1 if at or self._probe >= len(self._parts) else self._probe
-            if not is_probe and behind < len(self._parts):
-                self._next, wait = behind, wait or 0.0
-            elif at:
-                self._probe = at + 1
+        else:  # see at once whether one part behind it gets through
+            self._probe = at + 1 if at or self._probe >= len(self._parts) else self._probe
+            if self._probe < len(self._parts):
+                self._next, wait = self._probe, wait or 0.0
         self.outage.failed(verdict.reason, wait)
 
     def _settle(self, part: "_Part", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
