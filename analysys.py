@@ -144,6 +144,7 @@ _MAX_STRING = 255  # characters in a value: 3.2
 _MAX_ITEMS = 100  # in a list: 3.4
 _MAX_INTEGER = 2**63 - 1  # 64 bits signed: C4
 _NAME = r"\$?[A-Za-z][A-Za-z0-9_]*"  # 3.2
+_HEADER_NAME = r"[!-9;-~]+"  # of HTTP, sent or received
 _FIRST_MS, _LAST_MS = 10**12, 10**13 - 1  # Unix milliseconds of 13 digits: 3.2
 
 _MAX_FRAMES = 4 * 1024 * 1024  # bytes kept encoded of a tracker: some thousand pairs of event name and platform
@@ -1547,7 +1548,7 @@ def _http_headers(headers: "Any") -> "Dict[str, str]":
     except (TypeError, ValueError):
         raise _illegal("headers", type(headers), "must be a dict of names and values") from None
     for name, value in given.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[!-9;-~]+", name):
+        if not isinstance(name, str) or not re.fullmatch(_HEADER_NAME, name):
             name = name.partition(":")[0] if isinstance(name, str) else type(name)
             raise _illegal("headers", name, "must have names of printable ASCII without spaces and colons")
         if not isinstance(value, str) or not re.fullmatch(r"[\x20-\x7e\t]*", value):
@@ -5092,8 +5093,6 @@ _MAX_CONNECTIONS = 1000  # one more, and the one that was idle for longest has t
 _IDLE_TIMEOUT = 60.0  # seconds that a connection may be without a request
 _CLIENT_TIMEOUT = 20.0  # seconds for a request's head, and for a client that neither sends nor takes anything
 _SLOWEST = 128 * 1024  # bytes a second that a body comes with, once those seconds are over
-
-_HEADER_NAME = r"[!-9;-~]+"
 
 _Request = collections.namedtuple("_Request", "method path query headers body")
 
