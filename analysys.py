@@ -1147,12 +1147,12 @@ def _plain_dict(argument: str, given: "Any") -> "Record":
     return dict(_steady(lambda: [*dict.items(given)]))
 
 
-def _steady(copy_all: "Callable[[], List[Any]]") -> "List[Any]":
-    """Return a copy of what another thread may change while it is copied."""
+def _steady(look: "Callable[[], Any]") -> "Any":
+    """Return what *look* finds in a dict or deque that another thread may change meanwhile."""
     while True:
         try:
-            return copy_all()
-        except RuntimeError:
+            return look()
+        except RuntimeError:  # it was changed
             pass
 
 
@@ -2131,7 +2131,6 @@ if TYPE_CHECKING:
         is_durable: bool  # whether what is not delivered at the end stays for the next process
 
 
-
 class _Ledger:
     """Counts that balance at any moment, accepted (+ adopted) = delivered + rejected + pending, and what is to be told.
 
@@ -2296,10 +2295,7 @@ class _MemoryQueue:
         if self._final:
             return self._final
         moved = self._moved
-        try:
-            settled = next(iter(self._inflight), moved + 1) - 1
-        except RuntimeError:  # it was changed by another thread
-            return self.mark()
+        settled = _steady(lambda: next(iter(self._inflight), moved + 1)) - 1
         waiting = len(self._waiting)
         return waiting + self._taken, settled
 
@@ -2934,7 +2930,6 @@ class _LineQueue:
         return damaged
 
 
-
 # The spool. The files of one process are an *owner*'s: NAME.lock, which it keeps locked while it lives and which says
 # how far each of the others is settled, and NAME.000001.log and so on, which it appends to and reads.
 #
@@ -3025,6 +3020,11 @@ class _SpoolFile(_Source):
 
     def is_final(self, text: bytes) -> bool:
         return self.end == float("inf")  # else a line that is not noted yet, by a call inside which another one came
+
+    def oldest(self) -> "Optional[_Line]":
+        """Return the first line in flight."""
+        line: "Optional[_Line]" = _steady(lambda: next(iter(self.flight.values()), None))
+        return line
 
     def has_more(self) -> bool:
         is_read = self.ranges[0][0] >= self.end if self.end < float("inf") else self.is_read
@@ -3220,12 +3220,10 @@ class _Writer(_Owner):
     def settled(self) -> int:
         """Return how many records, from the oldest on, are settled; never too many, at any moment."""
         taken = self.taken()  # first: what is taken meanwhile is in flight
-        try:
-            for file in self.files[:]:
-                for oldest in file.flight.values():
-                    return int(file.before + oldest.number) - 1
-        except RuntimeError:  # it was changed by another thread
-            return self.settled()
+        for file in self.files[:]:
+            oldest = file.oldest()
+            if oldest is not None:
+                return int(file.before + oldest.number) - 1
         return taken
 
     def give_up(self, file: "_SpoolFile") -> "Tuple[int, List[bytes]]":
