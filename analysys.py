@@ -3047,6 +3047,15 @@ class _SpoolFile(_Source):
         return _inode(found) != self.made or found.st_size < end
 
 
+def _noted_position(notes: bytes, path: str) -> "Any":
+    """Return up to where a spool file is settled, as its owner's lock file *notes*; ValueError where it cannot be."""
+    try:
+        noted = json.loads(notes.partition(b"\n")[0].decode().strip() or "{}")
+        return _position(os.lstat(path).st_size, *noted.get(os.path.basename(path), (0, 0, ())))
+    except (AttributeError, TypeError, RecursionError) as error:
+        raise ValueError("these are no notes") from error
+
+
 class _Owner:
     """The spool files of one process, and the lock on them."""
 
@@ -3079,24 +3088,15 @@ class _Owner:
 
     def find(self, names: "List[str]") -> None:
         """Take over files from an owner that is gone; *names* are those that it had, the oldest first."""
-        try:
-            text = _read_at(self._lock[0], 0, _CHUNK).partition(b"\n")[0]
-            kept = json.loads(text.decode().strip() or "{}")
-        except (OSError, ValueError, RecursionError):
-            kept = None
         for path in [os.path.join(os.path.dirname(self.base), name) for name in names]:
             if os.path.lexists(path):
-                self.files.append(_SpoolFile(path, self, float("inf"), self._position(kept, path)))
-
-    def _position(self, kept: "Any", path: str) -> "Any":
-        """Return up to where a file is settled by what was *kept*; where that cannot be, its beginning."""
-        try:
-            return _position(os.lstat(path).st_size, *kept.get(os.path.basename(path), (0, 0, ())))
-        except (AttributeError, TypeError, ValueError, OSError):
-            pass
-        what = _printable(path), _printable(self.base)
-        _log("warning", "%s is delivered from its beginning: %s.lock does not fit it", *what)
-        return 0, 0, ()
+                position = 0, 0, ()
+                try:
+                    position = _noted_position(_read_at(self._lock[0], 0, _CHUNK), path)
+                except (OSError, ValueError):
+                    what = _printable(path), _printable(self.base)
+                    _log("warning", "%s is delivered from its beginning: %s.lock does not fit it", *what)
+                self.files.append(_SpoolFile(path, self, float("inf"), position))
 
     def note(self) -> None:
         """Remove the files that are done with, then note how far the others are settled. Void after end()."""
@@ -8344,7 +8344,7 @@ def _waiting(path: str, is_spool: bool, deadline: float) -> "Tuple[int, int, flo
         try:
             with _open_text(file) as text:
                 if is_spool:
-                    text.go(_spool_position(file))
+                    text.go(_spool_place(file))
                 elif not any(text.fits(entry) for entry in checkpoint.known(name, text.head)):
                     text.go(0)
                 blocks = iter(lambda: text.read(_CHUNK) if _CLOCK.now() < deadline else b"", b"")
@@ -8357,13 +8357,12 @@ def _waiting(path: str, is_spool: bool, deadline: float) -> "Tuple[int, int, flo
     return waits, files, since
 
 
-def _spool_position(file: str) -> int:
-    """Return up to which offset of a spool file all is delivered, as its owner's lock file tells who adopts it."""
+def _spool_place(path: str) -> int:
+    """Return where a spool file is read from by who adopts it."""
     try:
-        with io.open(file.rsplit(".", 2)[0] + ".lock", "rb") as lock:
-            kept = json.loads(lock.readline(_CHUNK).decode().strip() or "{}")
-        return int(kept.get(os.path.basename(file), [0])[0])
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        with io.open(path.rsplit(".", 2)[0] + ".lock", "rb") as lock:
+            return int(_noted_position(lock.read(_CHUNK), path)[0])
+    except (OSError, ValueError):
         return 0
 
 
