@@ -8067,9 +8067,12 @@ class _Doctor:
         steps = [("file", self._file), ("python", self._python), ("proxy", self._look_for_proxy)]
         steps += [(look.__name__.strip("_"), functools.partial(self._unless_blocked, look)) for look in network]
         seconds, given = self._arguments.request_timeout, self._arguments
-        for name, path, is_spool in ("log-path", given.log_path, False), ("spool-path", given.spool_path, True):
+        for name, path, findings in (
+            ("log-path", given.log_path, _log_findings),
+            ("spool-path", given.spool_path, _spool_findings),
+        ):
             if path:
-                steps.append((name, functools.partial(_look_at_directory, path, is_spool, seconds)))
+                steps.append((name, functools.partial(_look_at_directory, path, findings, seconds)))
         return steps
 
     def run(self, step: str, look: "Callable[[], _Finding]") -> None:
@@ -8251,7 +8254,9 @@ def _shake_hands(where: "Any", connection: "Any", request: "Any", deadline: floa
         connection.close()
 
 
-def _look_at_directory(path: str, is_spool: bool, seconds: float) -> "_Finding":
+def _look_at_directory(
+    path: str, look_inside: "Callable[[str, float], Iterator[_Finding]]", seconds: float
+) -> "_Finding":
     """Look at a directory of ours, and what is in it, without changing anything."""
     path = os.path.abspath(path)
     if not os.path.exists(path):
@@ -8263,57 +8268,87 @@ def _look_at_directory(path: str, is_spool: bool, seconds: float) -> "_Finding":
         return _Finding("WARN", "%s is not there: it will have to be made in %s" % (path, above))
     if not os.path.isdir(path):
         return _Finding("FAIL", "%s is no directory" % path, "name another")
-    findings = list(_directory_findings(path, is_spool))
+    findings = list(_directory_findings(path))
     if all(finding.state != "FAIL" for finding in findings):
-        findings += _content_findings(path, is_spool, _CLOCK.now() + seconds)
+        findings += look_inside(path, _CLOCK.now() + seconds)
     state = max((finding.state for finding in findings), key=_STATES.index)
     advice = "; ".join(finding.advice for finding in findings if finding.advice)
     return _Finding(state, "; ".join(finding.seen for finding in findings), advice or None)
 
 
-def _directory_findings(path: str, is_spool: bool) -> "Iterator[_Finding]":
+def _directory_findings(path: str) -> "Iterator[_Finding]":
     import shutil
 
     found, free = os.stat(path), shutil.disk_usage(path).free
-    own = getattr(os, "geteuid", lambda: found.st_uid)()
     yield _Finding("OK", "%s, of user %d, mode %03o" % (path, found.st_uid, found.st_mode & 0o7777))
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        yield _Finding("FAIL", "this user (%d) may not write there" % own, "chown or chmod it, or name another")
-    if is_spool and found.st_uid not in (own, 0):
-        yield _Finding("FAIL", "it belongs to another user", "a spool is for one user: name another")
-    if is_spool and found.st_mode & 0o002:
-        yield _Finding("WARN", "everybody may write to it", "chmod o-w")
+        yield _Finding("FAIL", "this user (%d) may not write there" % _user(), "chown or chmod it, or name another")
     room = "FAIL" if free < _NO_ROOM else "WARN" if free < _LITTLE_ROOM else "OK"
     yield _Finding(room, "{:,} MiB free".format(free >> 20), "make room" if room != "OK" else None)
 
 
-def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_Finding]":
-    own, current = getattr(os, "geteuid", int)(), [time.strftime(pattern) for pattern in _LOG_NAMES.values()]
-    for name in sorted(os.listdir(path)):
-        try:
-            found = os.lstat(os.path.join(path, name))
-        except FileNotFoundError:  # delivered or rotated meanwhile
-            continue
+def _log_findings(path: str, deadline: float) -> "Iterator[_Finding]":
+    current, files = [time.strftime(pattern) for pattern in _LOG_NAMES.values()], _found(path, _LOG_FILE)
+    yield from _own_findings(path, _OWN_NAME)
+    for name, file, _ in files:
         needed = os.R_OK | os.W_OK if name in current else os.R_OK
-        is_ours = re.match(r"rejected\.log|upload\.checkpoint", name) or is_spool and re.match(r"\d{13,}-\d+-", name)
-        is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (os.name != "posix" or found.st_uid == own)
-        if is_ours and not is_own:
-            yield _Finding("FAIL", "%s is a link, no file, or another user's" % name, "remove it, if nobody needs it")
-        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.path.isfile(os.path.join(path, name)):
+        if not os.path.isfile(file):
             yield _Finding("FAIL", "%s is not a regular file" % name, "remove it, if nobody needs it")
-        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.access(os.path.join(path, name), needed):
+        elif not os.access(file, needed):
             what = "write to" if needed & os.W_OK else "read"
-            yield _Finding("FAIL", "this user (%d) may not %s %s" % (own, what, name), "chown or chmod it")
-        elif re.match(r"rejected\.log", name) and found.st_size:
-            yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
-    if not is_spool and _is_locked(os.path.join(path, "upload.checkpoint.lock")):
+            yield _Finding("FAIL", "this user (%d) may not %s %s" % (_user(), what, name), "chown or chmod it")
+    checkpoint, there = _Checkpoint(None), os.path.join(path, "upload.checkpoint")
+    if _is_locked(there + ".lock"):
         yield _Finding("OK", "an upload is at work")
-    waits, files, since = _waiting(path, is_spool, deadline)
-    if files:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-        text = "{:,} lines wait in {:,} files, since {} or before".format(waits, files, when)
-        advice = "a program that spools there will deliver them" if is_spool else None
-        yield _Finding("WARN" if is_spool else "OK", text, advice)
+    if os.path.exists(there):
+        with io.open(there, "rb") as notes:
+            checkpoint._load(notes.read())
+
+    def go_on(text: "_Text") -> None:
+        if not any(text.fits(entry) for entry in checkpoint.known(os.path.basename(text.path), text.head)):
+            text.go(0)
+
+    waiting = _waiting(files, go_on, deadline)
+    if waiting:
+        yield _Finding("OK", waiting)
+
+
+def _spool_findings(path: str, deadline: float) -> "Iterator[_Finding]":
+    found = os.stat(path)
+    if found.st_uid not in (_user(), 0):
+        yield _Finding("FAIL", "it belongs to another user", "a spool is for one user: name another")
+        return
+    if found.st_mode & 0o002:
+        yield _Finding("WARN", "everybody may write to it", "chmod o-w")
+    yield from _own_findings(path, "|".join((_OWN_NAME, _SPOOL_FILE, _SPOOL_LOCK)))
+    waiting = _waiting(_found(path, _SPOOL_FILE), lambda text: text.go(_spool_place(text.path)), deadline)
+    if waiting:
+        yield _Finding("WARN", waiting, "a program that spools there will deliver them")
+
+
+def _own_findings(path: str, names: str) -> "Iterator[_Finding]":
+    """Look at our own files in a directory, whose names have the pattern *names*."""
+    for name, _, found in _found(path, names):
+        is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (os.name != "posix" or found.st_uid == _user())
+        if not is_own:
+            yield _Finding("FAIL", "%s is a link, no file, or another user's" % name, "remove it, if nobody needs it")
+        elif name.startswith("rejected.log") and found.st_size:
+            yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
+
+
+def _user() -> int:
+    return int(getattr(os, "geteuid", int)())
+
+
+def _found(path: str, names: str) -> "List[Tuple[str, str, os.stat_result]]":
+    """Return name, path and status of what is in a directory under such names."""
+    found = []
+    for name in filter(re.compile(names).fullmatch, sorted(os.listdir(path))):
+        try:
+            found.append((name, os.path.join(path, name), os.lstat(os.path.join(path, name))))
+        except FileNotFoundError:  # it was delivered or rotated meanwhile
+            pass
+    return found
 
 
 def _is_locked(path: str) -> bool:
@@ -8330,31 +8365,22 @@ def _is_locked(path: str) -> bool:
         os.close(fd)
 
 
-def _waiting(path: str, is_spool: bool, deadline: float) -> "Tuple[int, int, float]":
-    """Return how many lines wait in how many files, and since when; fewer where *deadline* comes first."""
-    waits, files, since = 0, 0, time.time()
-    checkpoint, there = _Checkpoint(None), os.path.join(path, "upload.checkpoint")
-    if not is_spool and os.path.exists(there):
-        with io.open(there, "rb") as notes:
-            checkpoint._load(notes.read())
-    for name in sorted(os.listdir(path)):
-        if not re.fullmatch(_SPOOL_FILE if is_spool else _LOG_FILE, name):
-            continue
-        file = os.path.join(path, name)
+def _waiting(files: "List[Tuple[str, str, Any]]", go_on: "Callable[[_Text], Any]", deadline: float) -> str:
+    """Say how many lines wait behind the places to which *go_on* goes; fewer where *deadline* comes first."""
+    waits, number, since = 0, 0, time.time()
+    for _, path, _ in files:
         try:
-            with _open_text(file) as text:
-                if is_spool:
-                    text.go(_spool_place(file))
-                elif not any(text.fits(entry) for entry in checkpoint.known(name, text.head)):
-                    text.go(0)
+            with _open_text(path) as text:
+                go_on(text)
                 blocks = iter(lambda: text.read(_CHUNK) if _CLOCK.now() < deadline else b"", b"")
                 lines = sum(block.count(b"\n") for block in blocks)
-            written = os.stat(file).st_mtime
+            written = os.stat(path).st_mtime
         except Exception:  # gone meanwhile, or damaged: who delivers it will say so
             continue
         if lines:
-            waits, files, since = waits + lines, files + 1, min(since, written)
-    return waits, files, since
+            waits, number, since = waits + lines, number + 1, min(since, written)
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+    return "{:,} lines wait in {:,} files, since {} or before".format(waits, number, when) if number else ""
 
 
 def _spool_place(path: str) -> int:
