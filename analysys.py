@@ -5140,22 +5140,22 @@ class _Connection:
     def __init__(self, listener: "_Listener", sock: "Any") -> None:
         self.sock = sock
         self.idle_since = _CLOCK.now()  # infinity from when the head of a request is there until it is answered
-        self.listener = listener
+        self._listener = listener
         self._buffer = bytearray()  # received, and not yet looked at
 
     def run(self) -> None:
         """Answer requests until the client is gone, or has to go."""
         try:
             self.sock.settimeout(_CLIENT_TIMEOUT)
-            if self.listener.tls is not None:
-                self.sock = self.listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+            if self._listener.tls is not None:
+                self.sock = self._listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
                 self.sock.do_handshake()  # here, where a slow one holds up nobody, and close() ends it
             while self._exchange():
                 self.idle_since = _CLOCK.now()
         except (OSError, ValueError):  # gone, too slow, or no TLS
             pass
         finally:
-            self.listener.forget(self)
+            self._listener.forget(self)
 
     def send(self, pieces: "Iterable[bytes]") -> None:
         self.sock.settimeout(_CLIENT_TIMEOUT)
@@ -5170,8 +5170,8 @@ class _Connection:
             if not head:
                 return False
             request, keep = _parse_head(head)
-            self.listener.site._admit(request)
-            reply = self.listener.site._answer(request._replace(body=self._body(request)))
+            self._listener.site._admit(request)
+            reply = self._listener.site._answer(request._replace(body=self._body(request)))
         except OSError:
             raise
         except Exception as error:  # a defect of ours, or no memory left, is the client's to hear of, too
@@ -5179,7 +5179,7 @@ class _Connection:
             reply = _json_reply(trouble.status, {"code": trouble.status, "msg": str(trouble)})
             keep = False  # what the client sent may be unread
         finally:
-            self.listener.bodies.hold(self, 0)
+            self._listener.bodies.hold(self, 0)
         keep = keep and isinstance(reply.payload, list)  # else nobody knows how long it will be
         self.send(_pieces(reply, request.method == "HEAD", keep))
         if not keep:
@@ -5216,7 +5216,7 @@ class _Connection:
         deadline = _CLOCK.now() + _CLIENT_TIMEOUT + size / _SLOWEST
         while len(self._buffer) < size:
             most = min(_PIECE, size - len(self._buffer))
-            deadline += self.listener.bodies.hold(self, len(self._buffer) + most)
+            deadline += self._listener.bodies.hold(self, len(self._buffer) + most)
             if not self._receive(min(deadline, _CLOCK.now() + _CLIENT_TIMEOUT), most):
                 raise _Trouble(400, "the body is cut short")
         rest = self._buffer[size:]  # little: a body may be large, and is copied once
@@ -6936,7 +6936,7 @@ class _StreamText(_Text):
 
 
 class _Input:
-    """Standard input for what unpacks it. It waits for more only as long as nobody asks to stop."""
+    """Standard input, also for what unpacks it. It waits for more only as long as nobody asks to stop."""
 
     WHOLE = 12  # bytes that are asked for at once and must come at once: what a packed text is known by, and its end
 
@@ -6947,13 +6947,13 @@ class _Input:
 
     def look(self, size: int) -> bytes:
         """Return what comes next, *size* bytes or more of it; fewer only at the end."""
-        data: "Any" = b"-"
-        while data and len(self._ahead) < size:
+        while len(self._ahead) < size:
             while not _is_ready(self._raw):
                 self._check()
             data = self._raw.read(io.DEFAULT_BUFFER_SIZE)
-            self._ahead += data or b""
-            data = b"-" if data is None else data  # it does not block, and there was nothing after all
+            if data == b"":
+                break
+            self._ahead += data or b""  # None: it does not block, and there was nothing after all
         return self._ahead
 
     def is_ready(self) -> bool:
