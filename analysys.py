@@ -1584,7 +1584,9 @@ class _Transport:
         self._url = url
         self._headers = headers
         self._where = urllib.request.Request(url)
-        self._proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
+        # The one for this scheme alone: a request to a proxy that speaks TLS must not go through that of https as well.
+        proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
+        self._proxies = {scheme: proxy for scheme, proxy in proxies.items() if scheme == self._where.type}
         is_tls = "https" in (self._where.type, self._proxy_scheme())  # a proxy's is shaken hands with as a server's
         self._pool = _Connections(ssl_context or (_verified() if is_tls else None))
         handler = urllib.request.BaseHandler()
@@ -8133,10 +8135,11 @@ class _Doctor:
             return _Finding("OK", "%s is set, but not for %s" % (shown, host))
         try:
             parts = urllib.parse.urlsplit(found)
-            is_http = parts.scheme == "http" and parts.hostname and parts.port != 0
+            is_tls = parts.scheme == "https" and scheme == "http"  # as the transport has it
+            is_fit = (parts.scheme == "http" or is_tls) and parts.hostname and parts.port != 0
         except ValueError:
-            is_http = False
-        if not is_http:
+            is_fit = False
+        if not is_fit:
             return _Finding("FAIL", "%s is set, and is no http proxy" % shown, "unset it, or no_proxy=%s" % host)
         self._proxy = parts
         return _Finding("OK", "%s, through which everything goes" % shown)

@@ -2099,9 +2099,9 @@ def test_a_proxy_of_http_that_speaks_tls_gets_it_and_is_verified_as_a_server_is(
         assert "ssl_context" in mishap("http://nowhere.invalid") and not proxy.requests
         (tmp_path / "ca.pem").write_text(CA)
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        monkeypatch.setenv("https_proxy", proxy.url)   # no Python opens a tunnel over TLS
         events(tracker_to(DefaultCollecter("http://nowhere.invalid:8089/a")), 2)
         assert [request.target for request in proxy.requests] == ["http://nowhere.invalid:8089/a/up"] * 2
-        monkeypatch.setenv("https_proxy", proxy.url)   # no Python opens a tunnel over TLS
         assert "to which we speak HTTP and not https: " in mishap("https://nowhere.invalid")
 
 
@@ -9173,6 +9173,16 @@ def test_check_names_the_option_at_fault(capsys, options, word):
     assert analysys.main(["check", "--server", URL, "--app-id", "app"] + options) == 64
     printed = capsys.readouterr()
     assert printed.out == "" and word in printed.err and printed.err.count("\n") == 1
+
+
+def test_check_takes_a_proxy_that_speaks_tls_for_one_of_http_and_none_of_https(tmp_path, monkeypatch):
+    (tmp_path / "ca.pem").write_text(CA)
+    with Server(certificate=CERTIFICATE) as proxy:
+        for name in "http_proxy", "https_proxy":
+            monkeypatch.setenv(name, proxy.url)
+        found = checked("http://nowhere.invalid", "--ca", tmp_path / "ca.pem")
+        assert states(found, "proxy", "resolve", "connect", "event") == ["OK"] * 4
+        assert checked("https://nowhere.invalid", "--ca", tmp_path / "ca.pem", expected=2)["proxy"]["state"] == "FAIL"
 
 
 def test_behind_a_proxy_check_looks_at_the_proxy_and_hides_its_password(monkeypatch):
