@@ -3830,6 +3830,16 @@ def test_an_exception_out_of_a_signal_handler_while_a_spool_hands_out_records_lo
     assert step > 50
 
 
+def test_a_record_that_is_put_back_counts_at_no_moment_as_settled(tmp_path):
+    for step in each_step(1):
+        with spool(tmp_path / str(step)) as (queue, put):
+            put("a")
+            line, = queue.take(1)
+            seen = [queue.mark()[1]]
+            disturbed(lambda: line.source.put_back(line), step, lambda: seen.append(queue.mark()[1]))
+            assert set(seen) == {0} and names_of(queue.take(1)) == ["a"]
+
+
 @posix_only
 def test_a_spool_whose_close_is_interrupted_lets_go_of_its_files_when_it_is_closed_again(tmp_path):
     for step in range(1, 400):
@@ -4156,14 +4166,16 @@ def test_a_spool_whose_lock_file_another_process_takes_as_it_is_made_makes_anoth
             assert os.read(ours, 1)
         return fd
     monkeypatch.setattr(os, "open", opened)
-    with FaultyServer() as server, spooling(server, tmp_path) as collecter:
-        track(tracker_to(collecter), "a")
-        collecter.flush()
-        assert server.names == ["a"]
-    os.kill(takers[0], signal.SIGKILL)
-    os.waitpid(takers[0], 0)
-    os.close(ours)
-    os.close(theirs)
+    try:
+        with FaultyServer() as server, spooling(server, tmp_path) as collecter:
+            track(tracker_to(collecter), "a")
+            collecter.flush()
+            assert server.names == ["a"]
+    finally:
+        os.kill(takers[0], signal.SIGKILL)
+        os.waitpid(takers[0], 0)
+        os.close(ours)
+        os.close(theirs)
 
 
 @posix_only
