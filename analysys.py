@@ -3176,11 +3176,11 @@ class _Writer(_Owner):
         try:
             if self._is_torn and not is_inner:  # since it could not be mended at once
                 self._mend()
-            # By what was noted, not by a stat, which costs a third of the call: whether somebody has changed the file
-            # is looked at once a second, and at the end.
+            # By what was noted: whether somebody has changed the file is looked at once a second, and at the end. But a
+            # descriptor that somebody has closed may be another file's by now.
             file = self.files[-1] if self.files else None
             if file is not None and file.fd >= 0 and _inode_at(file.fd) != file.made:
-                file.close()  # somebody did, and what has that number now is another file's
+                file.close()
             size = file.end if file is not None and file.fd >= 0 else -1
             # An inner call leaves the file to the outer one, whose lines its end lacks: it would be done without them.
             if size < 0 or size and size + len(lines) > self.room.roll_size and not is_inner:
@@ -4802,8 +4802,8 @@ class LogCollecter(_Collecter):
 # an exception is made again from its beginning. That harms nobody, since each state knows how far it came: it stays in
 # `_OPEN`, and its close() returns what it has left, until told() notes that somebody knows.
 
-# States with records that are not delivered, of this process and, in a forked child, of its parent: by their process
-# ids. Not weak: they outlive their collecters until they are done. The steps of a dict are atomic.
+# States with records that are not delivered, of this process and, in a forked child, of its parent -> process id. Not
+# weak: they outlive their collecters until they are done. The steps of a dict are atomic.
 _OPEN: "Dict[_State, int]" = {}
 _ALL_STATES: "Dict[int, Dict[int, _State]]" = {}  # those of each collecter there is, by their id()
 _HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
@@ -4898,7 +4898,7 @@ def _open_states() -> "List[_State]":
 
 
 def _deliver_with_threads() -> None:
-    """Do so in a process of multiprocessing once its threads are over; Python 3.7 to 3.12 wait for them after this.
+    """Deliver in a process of multiprocessing once its threads are over; Python 3.7 to 3.12 wait for them after this.
 
     Some never are, and the process is killed. So what is there now goes out now.
     """
