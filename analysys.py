@@ -4426,12 +4426,17 @@ class _LogFile:
         if self.closed:  # by another thread, while we were here
             _close(self, None)
 
-    def flush(self, timeout: "Optional[float]" = None, is_postponed: bool = False) -> None:
+    def flush(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, or raise and keep it."""
         if self._buffer and _WRITES.are_under_way():
             _WRITES.postponed += (self,)
         elif self._buffer:
-            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT), is_postponed)
+            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
+
+    def write_postponed(self) -> None:
+        """Write what waits, once no write is under way that it could interrupt."""
+        if self._buffer and self.pid == os.getpid():  # else we were forked inside that write
+            self._write(b"", is_postponed=True)
 
     def close(self, timeout: "Optional[float]" = None) -> "Optional[Exception]":
         """Write what waits, then take no more; where that fails, stay open."""
@@ -4548,8 +4553,7 @@ def _write_postponed() -> None:
         logs, _WRITES.postponed = _WRITES.postponed, ()
         for log in set(logs):
             try:
-                if log.pid == os.getpid():  # else we were forked inside that write
-                    log.flush(is_postponed=True)
+                log.write_postponed()
             except AnalysysPythonSdkFileException as error:
                 _log("error", "records wait for the next write: %s", error)
         if not _WRITES.postponed:
