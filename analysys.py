@@ -8237,7 +8237,9 @@ class _Doctor:
             tracker.track("analysys-check", "analysys_check")
             return _Finding("OK", "the server took an event: %s" % _SUCCESS.reason)
         except AnalysysPythonSdkIllegalDataException as error:
-            return _Finding("FAIL", str(error), "is the app id the one that the platform shows?")
+            is_refused = bool(error.records)  # else the tracker has no time to give it
+            advice = "is the app id the one that the platform shows?" if is_refused else "set this machine's clock"
+            return _Finding("FAIL", str(error), advice)
         except AnalysysPythonSdkException as error:
             return _Finding("FAIL", str(error), "is %s the receiving address of the platform?" % url)
         finally:

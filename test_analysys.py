@@ -9187,6 +9187,16 @@ def test_check_names_the_option_at_fault(capsys, options, word):
     assert printed.out == "" and word in printed.err and printed.err.count("\n") == 1
 
 
+def test_where_the_clock_is_not_set_check_says_so_and_minds_no_app_id(monkeypatch):
+    monkeypatch.setattr(analysys.AnalysysPythonSdk, "_clock", staticmethod(lambda: 9.0))
+    with site() as server:
+        found = checked(server.url, expected=2)["event"]
+        assert "clock" in found["seen"] and "clock" in found["try"] and not server.records
+    with FaultyServer(then=answer(200, code(400))) as refusing:
+        monkeypatch.undo()
+        assert "app id" in checked(refusing.url, expected=2)["event"]["try"]
+
+
 def test_check_takes_a_proxy_that_speaks_tls_for_one_of_http_and_none_of_https(tmp_path, monkeypatch):
     (tmp_path / "ca.pem").write_text(CA)
     with Server(certificate=CERTIFICATE) as proxy:
