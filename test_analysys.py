@@ -3876,6 +3876,17 @@ def test_what_was_in_a_removed_spool_file_is_told_also_where_a_signal_handler_en
     assert step > 50
 
 
+def test_a_spool_file_that_cannot_be_looked_at_for_a_moment_is_not_lost(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, "a disk that is tired")
+    with spool(tmp_path) as (queue, put):
+        put("a")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "lstat", failing)
+            queue._notice()
+        assert names_of(all_of(queue)) == ["a"] and queue.ledger.stats()["rejected"] == 0
+
+
 def test_what_is_settled_counts_where_an_exception_comes_out_of_the_note_of_it(tmp_path, monkeypatch):
     def interrupted(*_):
         monkeypatch.undo()
@@ -9877,6 +9888,16 @@ def test_a_file_that_has_several_names_is_delivered_once_also_as_it_grows(tmp_pa
         log_file(folder / "datas_3.log", "i")
         (folder / "datas_0.log").symlink_to("datas_4.log")
         assert ship(folder, "--server", server.url).status == 0 and server.names == list("abcdefghij")
+
+
+@root_only
+def test_a_link_of_another_user_does_not_stand_for_the_file_that_it_points_to(tmp_path):
+    log_file(tmp_path / "datas_1.log", "a")
+    (tmp_path / "datas_2.log").symlink_to("datas_1.log")
+    os.lchown(str(tmp_path / "datas_2.log"), 12345, 12345)
+    with FaultyServer() as server:
+        ship(tmp_path, "--server", server.url)
+        assert server.names == ["a"]
 
 
 @posix_only
