@@ -144,6 +144,7 @@ _MAX_STRING = 255  # characters in a value: 3.2
 _MAX_ITEMS = 100  # in a list: 3.4
 _MAX_INTEGER = 2**63 - 1  # 64 bits signed: C4
 _NAME = r"\$?[A-Za-z][A-Za-z0-9_]*"  # 3.2
+_HEADER_NAME = r"[!-9;-~]+"  # of HTTP, sent or received
 _FIRST_MS, _LAST_MS = 10**12, 10**13 - 1  # Unix milliseconds of 13 digits: 3.2
 
 _MAX_FRAMES = 4 * 1024 * 1024  # bytes kept encoded of a tracker: some thousand pairs of event name and platform
@@ -225,7 +226,8 @@ _LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a file's 
 _SHORT_LOCK_TIMEOUT = 0.05  # and once that was in vain: C6
 _LONGEST_WAIT = 3600.0  # seconds in one wait; locks refuse more than some platform's limit
 _LOGGER = "analysys"
-_SENDER = "analysys-sender"  # the name of the thread that sends
+_SENDER = "analysys-sender"  # the name of the thread that sends,
+_WAITER = "analysys-exit"  # and of one that waits for others to end; copies of the module must know each other's
 _GZIP_LEVEL = 3  # of 100 records (48 KB): 7.4 KB in 124 us; level 6: 6.7 KB in 376 us; level 1: 7.6 KB in 112 us
 _ONE_PACKET = 900  # bytes of text that fit into one packet, in base64 and with a request's head: not compressed
 _GZIP = 31  # zlib's number for "gzip, largest window"
@@ -1145,12 +1147,12 @@ def _plain_dict(argument: str, given: "Any") -> "Record":
     return dict(_steady(lambda: [*dict.items(given)]))
 
 
-def _steady(copy_all: "Callable[[], List[Any]]") -> "List[Any]":
-    """Return a copy of what another thread may change while it is copied."""
+def _steady(look: "Callable[[], Any]") -> "Any":
+    """Return what *look* finds in a dict or deque that another thread may change meanwhile."""
     while True:
         try:
-            return copy_all()
-        except RuntimeError:
+            return look()
+        except RuntimeError:  # it was changed
             pass
 
 
@@ -1546,7 +1548,7 @@ def _http_headers(headers: "Any") -> "Dict[str, str]":
     except (TypeError, ValueError):
         raise _illegal("headers", type(headers), "must be a dict of names and values") from None
     for name, value in given.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[!-9;-~]+", name):
+        if not isinstance(name, str) or not re.fullmatch(_HEADER_NAME, name):
             name = name.partition(":")[0] if isinstance(name, str) else type(name)
             raise _illegal("headers", name, "must have names of printable ASCII without spaces and colons")
         if not isinstance(value, str) or not re.fullmatch(r"[\x20-\x7e\t]*", value):
@@ -1582,7 +1584,9 @@ class _Transport:
         self._url = url
         self._headers = headers
         self._where = urllib.request.Request(url)
-        self._proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
+        # The one for this scheme alone: a request to a proxy that speaks TLS must not go through that of https as well.
+        proxies = {} if _is_loopback(self._where.host) else urllib.request.getproxies()
+        self._proxies = {scheme: proxy for scheme, proxy in proxies.items() if scheme == self._where.type}
         is_tls = "https" in (self._where.type, self._proxy_scheme())  # a proxy's is shaken hands with as a server's
         self._pool = _Connections(ssl_context or (_verified() if is_tls else None))
         handler = urllib.request.BaseHandler()
@@ -2129,7 +2133,6 @@ if TYPE_CHECKING:
         is_durable: bool  # whether what is not delivered at the end stays for the next process
 
 
-
 class _Ledger:
     """Counts that balance at any moment, accepted (+ adopted) = delivered + rejected + pending, and what is to be told.
 
@@ -2294,10 +2297,7 @@ class _MemoryQueue:
         if self._final:
             return self._final
         moved = self._moved
-        try:
-            settled = next(iter(self._inflight), moved + 1) - 1
-        except RuntimeError:  # it was changed by another thread
-            return self.mark()
+        settled = _steady(lambda: next(iter(self._inflight), moved + 1)) - 1
         waiting = len(self._waiting)
         return waiting + self._taken, settled
 
@@ -2932,7 +2932,6 @@ class _LineQueue:
         return damaged
 
 
-
 # The spool. The files of one process are an *owner*'s: NAME.lock, which it keeps locked while it lives and which says
 # how far each of the others is settled, and NAME.000001.log and so on, which it appends to and reads.
 #
@@ -3024,6 +3023,11 @@ class _SpoolFile(_Source):
     def is_final(self, text: bytes) -> bool:
         return self.end == float("inf")  # else a line that is not noted yet, by a call inside which another one came
 
+    def oldest(self) -> "Optional[_Line]":
+        """Return the first line in flight."""
+        line: "Optional[_Line]" = _steady(lambda: next(iter(self.flight.values()), None))
+        return line
+
     def has_more(self) -> bool:
         is_read = self.ranges[0][0] >= self.end if self.end < float("inf") else self.is_read
         return not is_read and not self.is_aside
@@ -3043,6 +3047,15 @@ class _SpoolFile(_Source):
         except OSError as error:
             return isinstance(error, (FileNotFoundError, NotADirectoryError))  # else nobody knows, as yet
         return _inode(found) != self.made or found.st_size < end
+
+
+def _noted_position(notes: bytes, path: str) -> "Any":
+    """Return up to where a spool file is settled, as its owner's lock file *notes*; ValueError where it cannot be."""
+    try:
+        noted = json.loads(notes.partition(b"\n")[0].decode().strip() or "{}")
+        return _position(os.lstat(path).st_size, *noted.get(os.path.basename(path), (0, 0, ())))
+    except (AttributeError, TypeError, RecursionError) as error:
+        raise ValueError("these are no notes") from error
 
 
 class _Owner:
@@ -3077,24 +3090,15 @@ class _Owner:
 
     def find(self, names: "List[str]") -> None:
         """Take over files from an owner that is gone; *names* are those that it had, the oldest first."""
-        try:
-            text = _read_at(self._lock[0], 0, _CHUNK).partition(b"\n")[0]
-            kept = json.loads(text.decode().strip() or "{}")
-        except (OSError, ValueError, RecursionError):
-            kept = None
         for path in [os.path.join(os.path.dirname(self.base), name) for name in names]:
             if os.path.lexists(path):
-                self.files.append(_SpoolFile(path, self, float("inf"), self._position(kept, path)))
-
-    def _position(self, kept: "Any", path: str) -> "Any":
-        """Return up to where a file is settled by what was *kept*; where that cannot be, its beginning."""
-        try:
-            return _position(os.lstat(path).st_size, *kept.get(os.path.basename(path), (0, 0, ())))
-        except (AttributeError, TypeError, ValueError, OSError):
-            pass
-        what = _printable(path), _printable(self.base)
-        _log("warning", "%s is delivered from its beginning: %s.lock does not fit it", *what)
-        return 0, 0, ()
+                position = 0, 0, ()
+                try:
+                    position = _noted_position(_read_at(self._lock[0], 0, _CHUNK), path)
+                except (OSError, ValueError):
+                    what = _printable(path), _printable(self.base)
+                    _log("warning", "%s is delivered from its beginning: %s.lock does not fit it", *what)
+                self.files.append(_SpoolFile(path, self, float("inf"), position))
 
     def note(self) -> None:
         """Remove the files that are done with, then note how far the others are settled. Void after end()."""
@@ -3158,24 +3162,25 @@ class _Writer(_Owner):
     def __init__(self, directory: str, max_bytes: int) -> None:
         suffix = binascii.hexlify(os.urandom(4)).decode()
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
-        self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
+        self.writing: "Any" = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
         self.written = 0  # records: the one count of them
         self.room = _Room(directory, self.name, max_bytes)
-        self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
         self._numbers = itertools.count(1)  # of files; a step that no other call comes into
 
-    def append(self, lines: bytes) -> bool:
-        """Hand *lines* to the operating system, all or none; return False where there is no room. Under `writing`."""
-        is_inner, self._is_busy = self._is_busy, True
+    def append(self, lines: bytes, is_inner: bool) -> bool:
+        """Hand *lines* to the operating system, all or none; return False where there is no room.
+
+        Under `writing`; *is_inner*: this thread had it before, so it is inside another call.
+        """
         try:
             if self._is_torn and not is_inner:  # since it could not be mended at once
                 self._mend()
-            # By what was noted, not by a stat, which costs a third of the call: whether somebody has changed the file
-            # is looked at once a second, and at the end.
+            # By what was noted: whether somebody has changed the file is looked at once a second, and at the end. But a
+            # descriptor that somebody has closed may be another file's by now.
             file = self.files[-1] if self.files else None
             if file is not None and file.fd >= 0 and _inode_at(file.fd) != file.made:
-                file.close()  # somebody did, and what has that number now is another file's
+                file.close()
             size = file.end if file is not None and file.fd >= 0 else -1
             # An inner call leaves the file to the outer one, whose lines its end lacks: it would be done without them.
             if size < 0 or size and size + len(lines) > self.room.roll_size and not is_inner:
@@ -3194,10 +3199,6 @@ class _Writer(_Owner):
             self._is_torn = True
             raise
         finally:
-            try:
-                self._is_busy = is_inner
-            finally:  # again, where a signal handler raised in that very moment
-                self._is_busy = is_inner
             if self._is_torn and not is_inner:
                 self._mend()
 
@@ -3221,12 +3222,10 @@ class _Writer(_Owner):
     def settled(self) -> int:
         """Return how many records, from the oldest on, are settled; never too many, at any moment."""
         taken = self.taken()  # first: what is taken meanwhile is in flight
-        try:
-            for file in self.files[:]:
-                for oldest in file.flight.values():
-                    return int(file.before + oldest.number) - 1
-        except RuntimeError:  # it was changed by another thread
-            return self.settled()
+        for file in self.files[:]:
+            oldest = file.oldest()
+            if oldest is not None:
+                return int(file.before + oldest.number) - 1
         return taken
 
     def give_up(self, file: "_SpoolFile") -> "Tuple[int, List[bytes]]":
@@ -3434,13 +3433,14 @@ class _Spool(_LineQueue):
 
     def put(self, line: bytes) -> int:
         own = self._own
+        is_inner = own.writing._is_owned()
         with own.writing:
             if self._closed:
                 raise _closed()
             if type(line) is _Echo:
                 self._echoes.add(bytes(line))
             try:
-                if not own.append(line):
+                if not own.append(line, is_inner):
                     return 0
             except OSError as error:
                 raise _unwritable(own.path(), error, [line]) from error
@@ -3770,11 +3770,11 @@ class _Sender:
 
     def _choked(self, part: "_Part", verdict: "_Verdict") -> None:
         """The server has *part* and fails, which may be the fault of either."""
-        at = self._parts.index(part)
+        at, wait = self._parts.index(part), verdict.wait
         is_probe = at > 0 and self.outage.since is not None  # one behind the first, which waits for the server
         part.failures += 1
         part.overtaken = bool(part.overtaken)
-        wait, self._next = verdict.wait, 0
+        self._next = 0
         if len(part.items) > 1:  # nothing overtakes several: their order is kept, and they are cut in time
             self._probe = at or 1
             if part.failures >= _CUT_AFTER:
@@ -3784,14 +3784,14 @@ class _Sender:
             self._refuse(part, "given up: others get through, but on this record the server fails: " + verdict.reason)
             self.outage.over()
             return
-        elif not is_probe and not part.stands_aside():
+        elif is_probe:  # in vain: the next one is tried after the first
+            self._probe = at + 1
+        elif not part.stands_aside():
             self._next = at  # it may be the server's fault: the order is kept, for now
-        else:  # a record alone: see whether one part behind it gets through, and then wait
-            behind = at + 1 if at or self._probe >= len(self._parts) else self._probe
-            if not is_probe and behind < len(self._parts):
-                self._next, wait = behind, wait or 0.0
-            elif at:
-                self._probe = at + 1
+        else:  # see at once whether one part behind it gets through
+            self._probe = at + 1 if at or self._probe >= len(self._parts) else self._probe
+            if self._probe < len(self._parts):
+                self._next, wait = self._probe, wait or 0.0
         self.outage.failed(verdict.reason, wait)
 
     def _settle(self, part: "_Part", error: "Optional[AnalysysPythonSdkException]" = None) -> None:
@@ -4426,12 +4426,17 @@ class _LogFile:
         if self.closed:  # by another thread, while we were here
             _close(self, None)
 
-    def flush(self, timeout: "Optional[float]" = None, is_postponed: bool = False) -> None:
+    def flush(self, timeout: "Optional[float]" = None) -> None:
         """Write what waits, or raise and keep it."""
         if self._buffer and _WRITES.are_under_way():
             _WRITES.postponed += (self,)
         elif self._buffer:
-            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT), is_postponed)
+            self._write(b"", _LOCK_TIMEOUT if timeout is None else min(timeout, _LOCK_TIMEOUT))
+
+    def write_postponed(self) -> None:
+        """Write what waits, once no write is under way that it could interrupt."""
+        if self._buffer and self.pid == os.getpid():  # else we were forked inside that write
+            self._write(b"", is_postponed=True)
 
     def close(self, timeout: "Optional[float]" = None) -> "Optional[Exception]":
         """Write what waits, then take no more; where that fails, stay open."""
@@ -4548,8 +4553,7 @@ def _write_postponed() -> None:
         logs, _WRITES.postponed = _WRITES.postponed, ()
         for log in set(logs):
             try:
-                if log.pid == os.getpid():  # else we were forked inside that write
-                    log.flush(is_postponed=True)
+                log.write_postponed()
             except AnalysysPythonSdkFileException as error:
                 _log("error", "records wait for the next write: %s", error)
         if not _WRITES.postponed:
@@ -4802,8 +4806,8 @@ class LogCollecter(_Collecter):
 # an exception is made again from its beginning. That harms nobody, since each state knows how far it came: it stays in
 # `_OPEN`, and its close() returns what it has left, until told() notes that somebody knows.
 
-# States with records that are not delivered, of this process and, in a forked child, of its parent: by their process
-# ids. Not weak: they outlive their collecters until they are done. The steps of a dict are atomic.
+# States with records that are not delivered, of this process and, in a forked child, of its parent -> process id. Not
+# weak: they outlive their collecters until they are done. The steps of a dict are atomic.
 _OPEN: "Dict[_State, int]" = {}
 _ALL_STATES: "Dict[int, Dict[int, _State]]" = {}  # those of each collecter there is, by their id()
 _HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
@@ -4819,11 +4823,9 @@ def _register(state: "Any") -> bool:
             atexit.register(_deliver_at_exit)  # forked children inherit it
         # Once the main thread is over, exit hooks are running already and no new one is called.
         _HOOKS[pid] = threading.main_thread().is_alive()
-        # Processes of multiprocessing end without atexit. Their own finalizers run, if registered in that very process,
-        # and not before it begins: then it forgets them. Hooks of a fork and modules that it imports come sooner.
         process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
         if process and util:
-            util.register_after_fork(_deliver_with_threads, lambda hook: util.Finalize(None, hook, exitpriority=0))
+            _hook_processes(util)
             if type(process.current_process()).__name__ != "_MainProcess":
                 util.Finalize(None, _deliver_with_threads, exitpriority=0)
     if _HOOKS[pid]:
@@ -4834,6 +4836,21 @@ def _register(state: "Any") -> bool:
 def _is_exit() -> bool:
     """Tell whether the exit hook of this process has begun."""
     return not _HOOKS.get(os.getpid(), True)
+
+
+@functools.lru_cache(None)  # once, in this process or in one that forked it: what is told at the end is told once
+def _hook_processes(util: "Any") -> None:
+    """Have each process of multiprocessing that this one forks deliver at its end.
+
+    They end without atexit. Their own finalizers run, if registered in that very process, and not before it begins:
+    then it forgets them. Hooks of a fork and modules that it imports come sooner.
+    """
+
+    def begin(hook: "Callable[[], None]") -> None:
+        _HOOKS[os.getpid()] = True
+        util.Finalize(None, hook, exitpriority=0)
+
+    util.register_after_fork(_deliver_with_threads, begin)
 
 
 @functools.lru_cache(None)  # once
@@ -4885,14 +4902,16 @@ def _open_states() -> "List[_State]":
 
 
 def _deliver_with_threads() -> None:
-    """Do so in a process of multiprocessing once its threads are over; Python 3.7 to 3.12 wait for them after this.
+    """Deliver in a process of multiprocessing once its threads are over; Python 3.7 to 3.12 wait for them after this.
 
     Some never are, and the process is killed. So what is there now goes out now.
     """
 
+    def is_other(thread: "threading.Thread") -> bool:
+        return not thread.daemon and thread is not threading.main_thread() and thread.name != _WAITER
+
     def other() -> "Optional[threading.Thread]":
-        mine = threading.current_thread(), threading.main_thread()
-        return next((thread for thread in threading.enumerate() if not thread.daemon and thread not in mine), None)
+        return next(filter(is_other, threading.enumerate()), None)
 
     def wait() -> None:
         for state in _open_states():
@@ -4906,7 +4925,7 @@ def _deliver_with_threads() -> None:
 
     if other() is not None and sys.version_info >= (3, 7):  # before, they end with the process
         try:
-            threading.Thread(target=wait, daemon=False).start()
+            threading.Thread(target=wait, name=_WAITER, daemon=False).start()
             return
         except RuntimeError:  # no more threads
             pass
@@ -5079,8 +5098,6 @@ _IDLE_TIMEOUT = 60.0  # seconds that a connection may be without a request
 _CLIENT_TIMEOUT = 20.0  # seconds for a request's head, and for a client that neither sends nor takes anything
 _SLOWEST = 128 * 1024  # bytes a second that a body comes with, once those seconds are over
 
-_HEADER_NAME = r"[!-9;-~]+"
-
 _Request = collections.namedtuple("_Request", "method path query headers body")
 
 
@@ -5129,22 +5146,22 @@ class _Connection:
     def __init__(self, listener: "_Listener", sock: "Any") -> None:
         self.sock = sock
         self.idle_since = _CLOCK.now()  # infinity from when the head of a request is there until it is answered
-        self.listener = listener
+        self._listener = listener
         self._buffer = bytearray()  # received, and not yet looked at
 
     def run(self) -> None:
         """Answer requests until the client is gone, or has to go."""
         try:
             self.sock.settimeout(_CLIENT_TIMEOUT)
-            if self.listener.tls is not None:
-                self.sock = self.listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+            if self._listener.tls is not None:
+                self.sock = self._listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
                 self.sock.do_handshake()  # here, where a slow one holds up nobody, and close() ends it
             while self._exchange():
                 self.idle_since = _CLOCK.now()
         except (OSError, ValueError):  # gone, too slow, or no TLS
             pass
         finally:
-            self.listener.forget(self)
+            self._listener.forget(self)
 
     def send(self, pieces: "Iterable[bytes]") -> None:
         self.sock.settimeout(_CLIENT_TIMEOUT)
@@ -5159,8 +5176,8 @@ class _Connection:
             if not head:
                 return False
             request, keep = _parse_head(head)
-            self.listener.site._admit(request)
-            reply = self.listener.site._answer(request._replace(body=self._body(request)))
+            self._listener.site._admit(request)
+            reply = self._listener.site._answer(request._replace(body=self._body(request)))
         except OSError:
             raise
         except Exception as error:  # a defect of ours, or no memory left, is the client's to hear of, too
@@ -5168,7 +5185,7 @@ class _Connection:
             reply = _json_reply(trouble.status, {"code": trouble.status, "msg": str(trouble)})
             keep = False  # what the client sent may be unread
         finally:
-            self.listener.bodies.hold(self, 0)
+            self._listener.bodies.hold(self, 0)
         keep = keep and isinstance(reply.payload, list)  # else nobody knows how long it will be
         self.send(_pieces(reply, request.method == "HEAD", keep))
         if not keep:
@@ -5205,7 +5222,7 @@ class _Connection:
         deadline = _CLOCK.now() + _CLIENT_TIMEOUT + size / _SLOWEST
         while len(self._buffer) < size:
             most = min(_PIECE, size - len(self._buffer))
-            deadline += self.listener.bodies.hold(self, len(self._buffer) + most)
+            deadline += self._listener.bodies.hold(self, len(self._buffer) + most)
             if not self._receive(min(deadline, _CLOCK.now() + _CLIENT_TIMEOUT), most):
                 raise _Trouble(400, "the body is cut short")
         rest = self._buffer[size:]  # little: a body may be large, and is copied once
@@ -6925,7 +6942,7 @@ class _StreamText(_Text):
 
 
 class _Input:
-    """Standard input for what unpacks it. It waits for more only as long as nobody asks to stop."""
+    """Standard input, also for what unpacks it. It waits for more only as long as nobody asks to stop."""
 
     WHOLE = 12  # bytes that are asked for at once and must come at once: what a packed text is known by, and its end
 
@@ -6936,13 +6953,13 @@ class _Input:
 
     def look(self, size: int) -> bytes:
         """Return what comes next, *size* bytes or more of it; fewer only at the end."""
-        data: "Any" = b"-"
-        while data and len(self._ahead) < size:
+        while len(self._ahead) < size:
             while not _is_ready(self._raw):
                 self._check()
             data = self._raw.read(io.DEFAULT_BUFFER_SIZE)
-            self._ahead += data or b""
-            data = b"-" if data is None else data  # it does not block, and there was nothing after all
+            if data == b"":
+                break
+            self._ahead += data or b""  # None: it does not block, and there was nothing after all
         return self._ahead
 
     def is_ready(self) -> bool:
@@ -8056,9 +8073,12 @@ class _Doctor:
         steps = [("file", self._file), ("python", self._python), ("proxy", self._look_for_proxy)]
         steps += [(look.__name__.strip("_"), functools.partial(self._unless_blocked, look)) for look in network]
         seconds, given = self._arguments.request_timeout, self._arguments
-        for name, path, is_spool in ("log-path", given.log_path, False), ("spool-path", given.spool_path, True):
+        for name, path, findings in (
+            ("log-path", given.log_path, _log_findings),
+            ("spool-path", given.spool_path, _spool_findings),
+        ):
             if path:
-                steps.append((name, functools.partial(_look_at_directory, path, is_spool, seconds)))
+                steps.append((name, functools.partial(_look_at_directory, path, findings, seconds)))
         return steps
 
     def run(self, step: str, look: "Callable[[], _Finding]") -> None:
@@ -8119,10 +8139,11 @@ class _Doctor:
             return _Finding("OK", "%s is set, but not for %s" % (shown, host))
         try:
             parts = urllib.parse.urlsplit(found)
-            is_http = parts.scheme == "http" and parts.hostname and parts.port != 0
+            is_tls = parts.scheme == "https" and scheme == "http"  # as the transport has it
+            is_fit = (parts.scheme == "http" or is_tls) and parts.hostname and parts.port != 0
         except ValueError:
-            is_http = False
-        if not is_http:
+            is_fit = False
+        if not is_fit:
             return _Finding("FAIL", "%s is set, and is no http proxy" % shown, "unset it, or no_proxy=%s" % host)
         self._proxy = parts
         return _Finding("OK", "%s, through which everything goes" % shown)
@@ -8216,7 +8237,9 @@ class _Doctor:
             tracker.track("analysys-check", "analysys_check")
             return _Finding("OK", "the server took an event: %s" % _SUCCESS.reason)
         except AnalysysPythonSdkIllegalDataException as error:
-            return _Finding("FAIL", str(error), "is the app id the one that the platform shows?")
+            is_refused = bool(error.records)  # else the tracker has no time to give it
+            advice = "is the app id the one that the platform shows?" if is_refused else "set this machine's clock"
+            return _Finding("FAIL", str(error), advice)
         except AnalysysPythonSdkException as error:
             return _Finding("FAIL", str(error), "is %s the receiving address of the platform?" % url)
         finally:
@@ -8240,7 +8263,9 @@ def _shake_hands(where: "Any", connection: "Any", request: "Any", deadline: floa
         connection.close()
 
 
-def _look_at_directory(path: str, is_spool: bool, seconds: float) -> "_Finding":
+def _look_at_directory(
+    path: str, look_inside: "Callable[[str, float], Iterator[_Finding]]", seconds: float
+) -> "_Finding":
     """Look at a directory of ours, and what is in it, without changing anything."""
     path = os.path.abspath(path)
     if not os.path.exists(path):
@@ -8252,57 +8277,87 @@ def _look_at_directory(path: str, is_spool: bool, seconds: float) -> "_Finding":
         return _Finding("WARN", "%s is not there: it will have to be made in %s" % (path, above))
     if not os.path.isdir(path):
         return _Finding("FAIL", "%s is no directory" % path, "name another")
-    findings = list(_directory_findings(path, is_spool))
+    findings = list(_directory_findings(path))
     if all(finding.state != "FAIL" for finding in findings):
-        findings += _content_findings(path, is_spool, _CLOCK.now() + seconds)
+        findings += look_inside(path, _CLOCK.now() + seconds)
     state = max((finding.state for finding in findings), key=_STATES.index)
     advice = "; ".join(finding.advice for finding in findings if finding.advice)
     return _Finding(state, "; ".join(finding.seen for finding in findings), advice or None)
 
 
-def _directory_findings(path: str, is_spool: bool) -> "Iterator[_Finding]":
+def _directory_findings(path: str) -> "Iterator[_Finding]":
     import shutil
 
     found, free = os.stat(path), shutil.disk_usage(path).free
-    own = getattr(os, "geteuid", lambda: found.st_uid)()
     yield _Finding("OK", "%s, of user %d, mode %03o" % (path, found.st_uid, found.st_mode & 0o7777))
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        yield _Finding("FAIL", "this user (%d) may not write there" % own, "chown or chmod it, or name another")
-    if is_spool and found.st_uid not in (own, 0):
-        yield _Finding("FAIL", "it belongs to another user", "a spool is for one user: name another")
-    if is_spool and found.st_mode & 0o002:
-        yield _Finding("WARN", "everybody may write to it", "chmod o-w")
+        yield _Finding("FAIL", "this user (%d) may not write there" % _user(), "chown or chmod it, or name another")
     room = "FAIL" if free < _NO_ROOM else "WARN" if free < _LITTLE_ROOM else "OK"
     yield _Finding(room, "{:,} MiB free".format(free >> 20), "make room" if room != "OK" else None)
 
 
-def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_Finding]":
-    own, current = getattr(os, "geteuid", int)(), [time.strftime(pattern) for pattern in _LOG_NAMES.values()]
-    for name in sorted(os.listdir(path)):
-        try:
-            found = os.lstat(os.path.join(path, name))
-        except FileNotFoundError:  # delivered or rotated meanwhile
-            continue
+def _log_findings(path: str, deadline: float) -> "Iterator[_Finding]":
+    current, files = [time.strftime(pattern) for pattern in _LOG_NAMES.values()], _found(path, _LOG_FILE)
+    yield from _own_findings(path, _OWN_NAME)
+    for name, file, _ in files:
         needed = os.R_OK | os.W_OK if name in current else os.R_OK
-        is_ours = re.match(r"rejected\.log|upload\.checkpoint", name) or is_spool and re.match(r"\d{13,}-\d+-", name)
-        is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (os.name != "posix" or found.st_uid == own)
-        if is_ours and not is_own:
-            yield _Finding("FAIL", "%s is a link, no file, or another user's" % name, "remove it, if nobody needs it")
-        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.path.isfile(os.path.join(path, name)):
+        if not os.path.isfile(file):
             yield _Finding("FAIL", "%s is not a regular file" % name, "remove it, if nobody needs it")
-        elif not is_spool and re.fullmatch(_LOG_FILE, name) and not os.access(os.path.join(path, name), needed):
+        elif not os.access(file, needed):
             what = "write to" if needed & os.W_OK else "read"
-            yield _Finding("FAIL", "this user (%d) may not %s %s" % (own, what, name), "chown or chmod it")
-        elif re.match(r"rejected\.log", name) and found.st_size:
-            yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
-    if not is_spool and _is_locked(os.path.join(path, "upload.checkpoint.lock")):
+            yield _Finding("FAIL", "this user (%d) may not %s %s" % (_user(), what, name), "chown or chmod it")
+    checkpoint, there = _Checkpoint(None), os.path.join(path, "upload.checkpoint")
+    if _is_locked(there + ".lock"):
         yield _Finding("OK", "an upload is at work")
-    waits, files, since = _waiting(path, is_spool, deadline)
-    if files:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-        text = "{:,} lines wait in {:,} files, since {} or before".format(waits, files, when)
-        advice = "a program that spools there will deliver them" if is_spool else None
-        yield _Finding("WARN" if is_spool else "OK", text, advice)
+    if os.path.exists(there):
+        with io.open(there, "rb") as notes:
+            checkpoint._load(notes.read())
+
+    def go_on(text: "_Text") -> None:
+        if not any(text.fits(entry) for entry in checkpoint.known(os.path.basename(text.path), text.head)):
+            text.go(0)
+
+    waiting = _waiting(files, go_on, deadline)
+    if waiting:
+        yield _Finding("OK", waiting)
+
+
+def _spool_findings(path: str, deadline: float) -> "Iterator[_Finding]":
+    found = os.stat(path)
+    if found.st_uid not in (_user(), 0):
+        yield _Finding("FAIL", "it belongs to another user", "a spool is for one user: name another")
+        return
+    if found.st_mode & 0o002:
+        yield _Finding("WARN", "everybody may write to it", "chmod o-w")
+    yield from _own_findings(path, "|".join((_OWN_NAME, _SPOOL_FILE, _SPOOL_LOCK)))
+    waiting = _waiting(_found(path, _SPOOL_FILE), lambda text: text.go(_spool_place(text.path)), deadline)
+    if waiting:
+        yield _Finding("WARN", waiting, "a program that spools there will deliver them")
+
+
+def _own_findings(path: str, names: str) -> "Iterator[_Finding]":
+    """Look at our own files in a directory, whose names have the pattern *names*."""
+    for name, _, found in _found(path, names):
+        is_own = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and (os.name != "posix" or found.st_uid == _user())
+        if not is_own:
+            yield _Finding("FAIL", "%s is a link, no file, or another user's" % name, "remove it, if nobody needs it")
+        elif name.startswith("rejected.log") and found.st_size:
+            yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
+
+
+def _user() -> int:
+    return int(getattr(os, "geteuid", int)())
+
+
+def _found(path: str, names: str) -> "List[Tuple[str, str, os.stat_result]]":
+    """Return name, path and status of what is in a directory under such names."""
+    found = []
+    for name in filter(re.compile(names).fullmatch, sorted(os.listdir(path))):
+        try:
+            found.append((name, os.path.join(path, name), os.lstat(os.path.join(path, name))))
+        except FileNotFoundError:  # it was delivered or rotated meanwhile
+            pass
+    return found
 
 
 def _is_locked(path: str) -> bool:
@@ -8319,40 +8374,30 @@ def _is_locked(path: str) -> bool:
         os.close(fd)
 
 
-def _waiting(path: str, is_spool: bool, deadline: float) -> "Tuple[int, int, float]":
-    """Return how many lines wait in how many files, and since when; fewer where *deadline* comes first."""
-    waits, files, since = 0, 0, time.time()
-    checkpoint, there = _Checkpoint(None), os.path.join(path, "upload.checkpoint")
-    if not is_spool and os.path.exists(there):
-        with io.open(there, "rb") as notes:
-            checkpoint._load(notes.read())
-    for name in sorted(os.listdir(path)):
-        if not re.fullmatch(_SPOOL_FILE if is_spool else _LOG_FILE, name):
-            continue
-        file = os.path.join(path, name)
+def _waiting(files: "List[Tuple[str, str, Any]]", go_on: "Callable[[_Text], Any]", deadline: float) -> str:
+    """Say how many lines wait behind the places to which *go_on* goes; fewer where *deadline* comes first."""
+    waits, number, since = 0, 0, time.time()
+    for _, path, _ in files:
         try:
-            with _open_text(file) as text:
-                if is_spool:
-                    text.go(_spool_position(file))
-                elif not any(text.fits(entry) for entry in checkpoint.known(name, text.head)):
-                    text.go(0)
+            with _open_text(path) as text:
+                go_on(text)
                 blocks = iter(lambda: text.read(_CHUNK) if _CLOCK.now() < deadline else b"", b"")
                 lines = sum(block.count(b"\n") for block in blocks)
-            written = os.stat(file).st_mtime
+            written = os.stat(path).st_mtime
         except Exception:  # gone meanwhile, or damaged: who delivers it will say so
             continue
         if lines:
-            waits, files, since = waits + lines, files + 1, min(since, written)
-    return waits, files, since
+            waits, number, since = waits + lines, number + 1, min(since, written)
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+    return "{:,} lines wait in {:,} files, since {} or before".format(waits, number, when) if number else ""
 
 
-def _spool_position(file: str) -> int:
-    """Return up to which offset of a spool file all is delivered, as its owner's lock file tells who adopts it."""
+def _spool_place(path: str) -> int:
+    """Return where a spool file is read from by who adopts it."""
     try:
-        with io.open(file.rsplit(".", 2)[0] + ".lock", "rb") as lock:
-            kept = json.loads(lock.readline(_CHUNK).decode().strip() or "{}")
-        return int(kept.get(os.path.basename(file), [0])[0])
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        with io.open(path.rsplit(".", 2)[0] + ".lock", "rb") as lock:
+            return int(_noted_position(lock.read(_CHUNK), path)[0])
+    except (OSError, ValueError):
         return 0
 
 

@@ -2099,9 +2099,9 @@ def test_a_proxy_of_http_that_speaks_tls_gets_it_and_is_verified_as_a_server_is(
         assert "ssl_context" in mishap("http://nowhere.invalid") and not proxy.requests
         (tmp_path / "ca.pem").write_text(CA)
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        monkeypatch.setenv("https_proxy", proxy.url)   # no Python opens a tunnel over TLS
         events(tracker_to(DefaultCollecter("http://nowhere.invalid:8089/a")), 2)
         assert [request.target for request in proxy.requests] == ["http://nowhere.invalid:8089/a/up"] * 2
-        monkeypatch.setenv("https_proxy", proxy.url)   # no Python opens a tunnel over TLS
         assert "to which we speak HTTP and not https: " in mishap("https://nowhere.invalid")
 
 
@@ -3679,6 +3679,18 @@ def test_a_spool_counts_what_it_holds_and_hands_it_out_once_whatever_comes_insid
             balanced(queue.ledger.stats(), delivered=len(names), pending=0)
 
 
+def test_wherever_a_signal_handler_raises_in_put_the_files_of_a_spool_still_roll(tmp_path):
+    for step in each_step(20):
+        with spool(tmp_path / str(step)) as (queue, put):
+            queue._own.room.roll_size = 1000
+            disturbed(lambda: put("a", 700), step, interrupt)
+            while queue._own.writing._is_owned():      # in a `with` that was about to unlock it
+                queue._own.writing.release()
+            put("b", 700)
+            put("c", 700)
+            assert max(path.stat().st_size for path in (tmp_path / str(step)).glob("*.log")) <= 1000
+
+
 @table("mends", ["at once", "with the next call"])
 def test_a_part_of_a_line_that_an_interrupted_call_left_is_cut_off(tmp_path, monkeypatch, mends):
     def interrupted(fd, data):
@@ -3818,6 +3830,16 @@ def test_an_exception_out_of_a_signal_handler_while_a_spool_hands_out_records_lo
     assert step > 50
 
 
+def test_a_record_that_is_put_back_counts_at_no_moment_as_settled(tmp_path):
+    for step in each_step(1):
+        with spool(tmp_path / str(step)) as (queue, put):
+            put("a")
+            line, = queue.take(1)
+            seen = [queue.mark()[1]]
+            disturbed(lambda: line.source.put_back(line), step, lambda: seen.append(queue.mark()[1]))
+            assert set(seen) == {0} and names_of(queue.take(1)) == ["a"]
+
+
 @posix_only
 def test_a_spool_whose_close_is_interrupted_lets_go_of_its_files_when_it_is_closed_again(tmp_path):
     for step in range(1, 400):
@@ -3852,6 +3874,17 @@ def test_what_was_in_a_removed_spool_file_is_told_also_where_a_signal_handler_en
                 balanced(queue.ledger.stats(), accepted=5, delivered=2, rejected=3, pending=0)
                 break
     assert step > 50
+
+
+def test_a_spool_file_that_cannot_be_looked_at_for_a_moment_is_not_lost(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, "a disk that is tired")
+    with spool(tmp_path) as (queue, put):
+        put("a")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "lstat", failing)
+            queue._notice()
+        assert names_of(all_of(queue)) == ["a"] and queue.ledger.stats()["rejected"] == 0
 
 
 def test_what_is_settled_counts_where_an_exception_comes_out_of_the_note_of_it(tmp_path, monkeypatch):
@@ -4151,14 +4184,16 @@ def test_a_spool_whose_lock_file_another_process_takes_as_it_is_made_makes_anoth
             assert os.read(ours, 1)
         return fd
     monkeypatch.setattr(os, "open", opened)
-    with FaultyServer() as server, spooling(server, tmp_path) as collecter:
-        track(tracker_to(collecter), "a")
-        collecter.flush()
-        assert server.names == ["a"]
-    os.kill(takers[0], signal.SIGKILL)
-    os.waitpid(takers[0], 0)
-    os.close(ours)
-    os.close(theirs)
+    try:
+        with FaultyServer() as server, spooling(server, tmp_path) as collecter:
+            track(tracker_to(collecter), "a")
+            collecter.flush()
+            assert server.names == ["a"]
+    finally:
+        os.kill(takers[0], signal.SIGKILL)
+        os.waitpid(takers[0], 0)
+        os.close(ours)
+        os.close(theirs)
 
 
 @posix_only
@@ -7767,6 +7802,38 @@ def test_threads_of_a_process_of_multiprocessing_track_until_their_own_end(kind,
         assert server.names + lines_in(tmp_path) == ["early", "late", "later"]
 
 
+@posix_only
+def test_a_process_of_multiprocessing_ends_with_its_threads_also_where_its_parent_and_copies_of_the_module_tracked():
+    with FaultyServer() as server:
+        run("""
+            import importlib.util, multiprocessing.util
+            spec = importlib.util.spec_from_file_location("vendored", analysys.__file__)
+            copy = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(copy)
+            trackers = [module.AnalysysPythonSdk(module.BatchCollecter(url)) for module in (analysys, copy)]
+            def track(name):
+                for tracker in trackers:
+                    tracker.setAppId("app")
+                    tracker.track("user", name)
+                    tracker.flush(20)
+            def work():
+                track("child")
+                threading.Thread(target=late).start()
+            def late():
+                threading.main_thread().join()         # the process is ending
+                if [thread.name for thread in threading.enumerate()].count(analysys._WAITER) > len(trackers):
+                    os._exit(3)                        # one of a copy tells all that is left
+            track("parent")
+            worker = multiprocessing.get_context("fork").Process(target=work)
+            worker.start()
+            worker.join(30)
+            status = worker.exitcode
+            worker.terminate()
+            assert status == 0, status
+        """, server.url)
+        assert server.names == ["parent"] * 2 + ["child"] * 2
+
+
 # ---------------------------------------------------------------------------
 # Environments
 # ---------------------------------------------------------------------------
@@ -9138,6 +9205,26 @@ def test_check_names_the_option_at_fault(capsys, options, word):
     assert printed.out == "" and word in printed.err and printed.err.count("\n") == 1
 
 
+def test_where_the_clock_is_not_set_check_says_so_and_minds_no_app_id(monkeypatch):
+    monkeypatch.setattr(analysys.AnalysysPythonSdk, "_clock", staticmethod(lambda: 9.0))
+    with site() as server:
+        found = checked(server.url, expected=2)["event"]
+        assert "clock" in found["seen"] and "clock" in found["try"] and not server.records
+    with FaultyServer(then=answer(200, code(400))) as refusing:
+        monkeypatch.undo()
+        assert "app id" in checked(refusing.url, expected=2)["event"]["try"]
+
+
+def test_check_takes_a_proxy_that_speaks_tls_for_one_of_http_and_none_of_https(tmp_path, monkeypatch):
+    (tmp_path / "ca.pem").write_text(CA)
+    with Server(certificate=CERTIFICATE) as proxy:
+        for name in "http_proxy", "https_proxy":
+            monkeypatch.setenv(name, proxy.url)
+        found = checked("http://nowhere.invalid", "--ca", tmp_path / "ca.pem")
+        assert states(found, "proxy", "resolve", "connect", "event") == ["OK"] * 4
+        assert checked("https://nowhere.invalid", "--ca", tmp_path / "ca.pem", expected=2)["proxy"]["state"] == "FAIL"
+
+
 def test_behind_a_proxy_check_looks_at_the_proxy_and_hides_its_password(monkeypatch):
     with Server(answer(407)) as refusing:
         monkeypatch.setenv("https_proxy", refusing.url)
@@ -9184,10 +9271,10 @@ def test_check_counts_what_waits_in_the_directories_and_makes_nothing(tmp_path):
         found = checked(server.url, "--log-path", logs, "--spool-path", spool)
         assert found["spool-path"]["state"] == "WARN" and "2 lines wait" in found["spool-path"]["seen"]
         lock, = spool.glob("*.lock")
-        for text in '{"%s": [%d, 1, []]}' % (next(spool.glob("*.log")).name, len(lines_of("a"))), "{", "[]":
+        noted = '{"%s": [%%d, 1, []]}' % next(spool.glob("*.log")).name
+        for text, number in (noted % len(lines_of("a")), 1), (noted % 10 ** 9, 2), ("{", 2), ("[]", 2):     # as adoption has it
             lock.write_text(text + "\n")
-            waiting = checked(server.url, "--spool-path", spool)["spool-path"]["seen"]
-            assert ("1 lines wait" if ":" in text else "2 lines wait") in waiting
+            assert "%d lines wait" % number in checked(server.url, "--spool-path", spool)["spool-path"]["seen"]
         before = sorted((path.name, path.stat().st_mtime) for path in tmp_path.rglob("*"))
         checked(server.url, "--spool-path", spool)
         assert sorted((path.name, path.stat().st_mtime) for path in tmp_path.rglob("*")) == before
@@ -9810,6 +9897,16 @@ def test_a_file_that_has_several_names_is_delivered_once_also_as_it_grows(tmp_pa
         assert ship(folder, "--server", server.url).status == 0 and server.names == list("abcdefghij")
 
 
+@root_only
+def test_a_link_of_another_user_does_not_stand_for_the_file_that_it_points_to(tmp_path):
+    log_file(tmp_path / "datas_1.log", "a")
+    (tmp_path / "datas_2.log").symlink_to("datas_1.log")
+    os.lchown(str(tmp_path / "datas_2.log"), 12345, 12345)
+    with FaultyServer() as server:
+        ship(tmp_path, "--server", server.url)
+        assert server.names == ["a"]
+
+
 @posix_only
 def test_names_of_a_file_that_is_not_there_yet_are_names_of_one_file_when_it_is(tmp_path):
     for folder in "ab":
@@ -9934,17 +10031,45 @@ def test_a_last_line_that_is_ended_while_others_are_sent_is_delivered_whole(tmp_
         assert server.names == ["a", "b", "c"]
 
 
+@contextlib.contextmanager
+def reader(folder, *arguments):
+    """Start `upload` in *folder*; yield it and what writes a piece to its standard input and waits until it wants more."""
+    ours, theirs = os.pipe()
+    looks = folder / "looks"
+    code = """if True:
+        import analysys, sys
+        look, looks = analysys._is_ready, open("looks", "ab", 0)
+        def is_ready(stream):
+            ready = look(stream)
+            looks.write(b"" if ready else b"in vain\\n")
+            return ready
+        analysys._is_ready = is_ready
+        sys.exit(analysys.main(["upload"] + sys.argv[1:]))
+    """
+
+    def write(piece):
+        while piece:
+            piece = piece[os.write(theirs, piece):]
+        wait_until(lambda: not select.select([ours], [], [], 0)[0])
+        seen = looks.stat().st_size if looks.exists() else 0
+        wait_until(lambda: looks.exists() and looks.stat().st_size > seen)
+    try:
+        with launch("-c", code, *arguments, cwd=str(folder), stdin=ours) as started, os.fdopen(theirs, "wb", 0) as pipe:
+            yield started, write, pipe.close
+    finally:
+        os.close(ours)
+
+
 @posix_only
 def test_a_long_line_that_comes_on_standard_input_in_pieces_is_delivered_once_and_whole(tmp_path):
     long = json.dumps(event("b", filler="x" * 300000)) + "\n"
     pieces = [lines_of("a") + long[:100000], long[100000:200000], long[200000:] + lines_of("c") + long[:5000],
               long[5000:] + lines_of("d").rstrip()]
-    with FaultyServer() as server, shipper("-", "--server", server.url, cwd=str(tmp_path)) as started:
+    with FaultyServer() as server, reader(tmp_path, "-", "--server", server.url) as (started, write, end):
         for piece, names in zip(pieces, ("a", "a", "abc", "abcbd")):
-            started.stdin.write(piece.encode())
-            started.stdin.flush()
+            write(piece.encode())
             wait_until(lambda: server.names == list(names) or names[4:])
-            server.closed.wait(0.1)                    # it looks again, and there is no more yet
+        end()
         assert ended(started)[:2] == (0, "delivered 5, rejected 0, remaining 0\n")
         assert server.names == list("abcbd")
         assert [len(one["xcontext"].get("filler", "")) for one in server.accepted] == [0, 300000, 0, 300000, 0]
@@ -9953,11 +10078,10 @@ def test_a_long_line_that_comes_on_standard_input_in_pieces_is_delivered_once_an
 @posix_only
 def test_a_dry_run_waits_for_the_end_of_a_line_on_standard_input(tmp_path):
     text = lines_of(*["e"] * 2000).rstrip()            # more than a pipe takes: it is read while it is written
-    with shipper("-", "--dry-run", cwd=str(tmp_path)) as started:
+    with reader(tmp_path, "-", "--dry-run") as (started, write, end):
         for piece in text[:-100], text[-100:-50], text[-50:]:
-            started.stdin.write(piece.encode())
-            started.stdin.flush()
-            threading.Event().wait(0.3)                # it looks again, and there is no more yet
+            write(piece.encode())
+        end()
         assert ended(started)[:2] == (0, "    2000  event  e\n2000 lines are good, 0 are not, 0 conflicts\n")
 
 
@@ -9979,9 +10103,8 @@ def test_a_signal_also_stops_upload_where_it_waits_for_standard_input(tmp_path, 
 @posix_only
 def test_a_stop_while_a_batch_is_put_together_counts_what_of_it_is_in_files_that_are_read(tmp_path):
     log_file(tmp_path / "datas_1.log", "a", "b")
-    with FaultyServer() as server, shipper(tmp_path, "-", "--server", server.url, cwd=str(tmp_path)) as started:
-        wait_until(lambda: (tmp_path / "upload.checkpoint").exists())
-        threading.Event().wait(0.3)                    # it waits for standard input
+    with FaultyServer() as server, reader(tmp_path, tmp_path, "-", "--server", server.url) as (started, write, _):
+        write(b"")
         started.send_signal(signal.SIGTERM)
         assert started.wait(20) == 2
         assert started.stdout.read() == b"delivered 0, rejected 0, remaining more than 2\n"
@@ -10247,11 +10370,11 @@ def test_a_file_that_comes_again_goes_on_and_what_may_be_a_copy_waits_for_its_li
 
 def test_batch_header_and_request_timeout_reach_the_requests(tmp_path):
     path = log_file(tmp_path / "datas_2018072510.log", *numbered("e", 7))
-    with FaultyServer(lambda server, request: server.closed.wait(10) and b"") as server:
+    with FaultyServer(lambda server, request: server.closed.wait(60) and b"") as server:
         start = time.monotonic()
         shipped = ship(path, "--server", server.url, "--batch", "3", "--header", "X-Key: a b", "--header=X-Other:c",
                        "--request-timeout", "1")
-        assert shipped.status == 0 and time.monotonic() - start < 9
+        assert shipped.status == 0 and time.monotonic() - start < 50
         assert max(len(batch) for batch in server.batches) == 3 and server.names == numbered("e", 7)
         assert {(request.headers["x-key"], request.headers["x-other"]) for request in server.requests} == {("a b", "c")}
 
