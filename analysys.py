@@ -311,9 +311,9 @@ def _shown(value: object) -> str:
         shown = shortened.repr(value)[:100]
         if type(value) in (str, list, tuple) and len(value) > 30:  # type: ignore[arg-type]
             shown += " (%d %s)" % (len(value), "characters" if type(value) is str else "items")  # type: ignore[arg-type]
-        return shown
     except Exception:
-        return "a %s" % type(value).__name__[:100]
+        shown = object.__repr__(value)  # which asks neither the value nor its class
+    return _printable(shown)  # a class's own repr() says anything
 
 
 def _shown_int(x: int, level: int) -> str:
@@ -1092,7 +1092,7 @@ def _members(
         raise _illegal("the number of " + argument, len(own), "must be at most %d" % most)
     texts = _texts(argument, own)
     if len(texts) < len(own):
-        return _members(argument, _with_plain_names(argument, own), only, most)
+        return _members(argument, _plain_dict(argument, own), only, most)
     if only is not None:
         for name, value in own.items():
             if _value_rule(value) is not _RULES[only]:
@@ -1139,10 +1139,14 @@ def _texts(argument: str, own: "Dict[str, Any]") -> "List[str]":
 
 
 def _plain_dict(argument: str, given: "Any") -> "Record":
-    """Return properties as a dict: what they hold, not what they say."""
+    """Return properties as a dict with names of plain str: what they hold, not what they or their names say."""
     if not issubclass(type(given), dict):  # whatever it says of its class
         raise _illegal(argument, given, "must be a dict or None")
-    return dict(_steady(lambda: [*dict.items(given)]))
+    items = _steady(lambda: [*dict.items(given)])
+    plain = {_check("a name in " + argument, name, "name"): value for name, value in items}
+    if len(plain) < len(items):
+        raise _same_names(argument, [_check("a name in " + argument, name, "name") for name, _ in items])
+    return plain
 
 
 def _steady(copy_all: "Callable[[], List[Any]]") -> "List[Any]":
@@ -1150,16 +1154,10 @@ def _steady(copy_all: "Callable[[], List[Any]]") -> "List[Any]":
     while True:
         try:
             return copy_all()
+        except _EXHAUSTED:  # a RecursionError is a RuntimeError, and would come again for ever
+            raise
         except RuntimeError:
             pass
-
-
-def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
-    """Return properties with names of subclasses of str as str."""
-    plain = {_check("a name in " + argument, name, "name"): value for name, value in given.items()}
-    if len(plain) != len(given):
-        raise _same_names(argument, [_check("a name in " + argument, name, "name") for name in given])
-    return plain
 
 
 def _unset_members(argument: str, given: "Any") -> "Tuple[bytes, FrozenSet[str]]":

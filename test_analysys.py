@@ -1531,7 +1531,7 @@ def refused(sdk, method, *arguments, **keywords):
     with pytest.raises(IllegalData) as caught:
         getattr(sdk, method)(*arguments, **keywords)
     assert (sdk.getAllSuperProperties(), len(sdk.sink.records)) == before
-    assert 0 < len(str(caught.value)) <= 500
+    assert 0 < len(str(caught.value)) <= 500 and str(caught.value).isprintable()
     return str(caught.value)
 
 
@@ -1640,6 +1640,7 @@ def test_a_platform_has_at_most_255_characters():
 def test_a_call_for_which_the_stack_is_too_short_says_so_and_blames_no_value():
     run("""
         import datetime
+        from collections import OrderedDict
 
         class Sink:
             def uploadData(self, record):
@@ -1653,7 +1654,7 @@ def test_a_call_for_which_the_stack_is_too_short_says_so_and_blames_no_value():
             before = len(records)
             try:
                 sys.setrecursionlimit(depth + room)
-                tracker.track("user", "Event%d" % room, properties)
+                call(room)
             except RecursionError:
                 assert len(records) == before
             else:
@@ -1664,10 +1665,44 @@ def test_a_call_for_which_the_stack_is_too_short_says_so_and_blames_no_value():
 
         records, tracker = [], tracker_to(Sink())
         properties = {"day": datetime.date(2020, 1, 1), "number": 1.5, "names": ["x"], "whole": 10 ** 18}
-        for _ in range(2):                             # once with nothing imported and kept, then with all
-            outcomes = [outcome(room) for room in range(1, 100)]
-            assert sorted(set(outcomes)) == [0, 1]
+        for call in (lambda room: tracker.track("user", "Event%d" % room, properties),
+                     lambda room: tracker.track("user", "Event%d" % room, OrderedDict(properties)),
+                     lambda room: tracker.profile_unset("user", ["name"], "platform%d" % room)):
+            for _ in range(2):                         # once with nothing imported and kept, then with all
+                outcomes = [outcome(room) for room in range(1, 100)]
+                assert sorted(set(outcomes)) == [0, 1]
     """)
+
+
+def test_a_message_is_one_printable_line_whatever_a_value_and_its_class_say_of_themselves():
+    class Nameless(type):
+        @property
+        def __name__(cls):
+            raise ZeroDivisionError
+    for said in "\x1b[31mred\nline\0", "\ud800", "\u202eright to left", 1, "x" * 10 ** 6:
+        for kind in object, str, int, list:
+            hostile = type("Hostile", (kind,), {"__repr__": lambda self: said})
+            value = hostile(*{str: ["a" * 300], int: [2 ** 70], list: [[1]]}.get(kind, []))
+            for call in ("track", "u", "Event", {"the_name": value}), ("track", value, "Event"), ("profile_unset", "u", [value]):
+                refused(tracker_to(), *call)
+    refused(tracker_to(), "track", "u", "Event", {"the_name": Nameless("Hostile", (), {})()})
+
+
+@pytest.mark.parametrize("method, arguments, argument, value", NAME_CALLS[:-1])
+def test_a_name_that_cannot_be_hashed_again_is_refused_or_taken_as_the_str_that_it_is(method, arguments, argument, value):
+    class Once(str):
+        def __hash__(self):
+            assert "hashed" not in vars(self)
+            self.hashed = True
+            return 1
+    for kind in dict, collections.OrderedDict, collections.Counter:
+        for name, bad in (Once("name"), False), (Once("a name"), True):
+            given = kind()
+            dict.__setitem__(given, name, value)
+            if bad:
+                assert argument in refused(tracker_to(), method, *arguments, given)
+            else:
+                assert accepted(method, *arguments, given) == {"name": value}
 
 
 @table("bad", [1, None, "x" * 256, "\ud800"])
