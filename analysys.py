@@ -3934,8 +3934,7 @@ class _Direct:
         self._timeout = request_timeout
         self._ledger = _Ledger()
         self._transport = _Transport(url, ssl_context, headers)
-        self._is_watched = False  # by that thread
-        self._thread: "Optional[threading.Thread]" = None
+        self._thread: "Optional[threading.Thread]" = None  # that one; it ends where it sees another one here
         self._ended = _Signal()
 
     def put(self, line: bytes, urgent: bool) -> None:
@@ -3961,7 +3960,7 @@ class _Direct:
         self.closed, thread = not _is_exit(), self._thread
         self._transport.close()
         self._ended.notify()
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(timeout)
 
     def told(self) -> bool:
@@ -3983,25 +3982,27 @@ class _Direct:
         return self.closed or _is_exit()
 
     def _watch(self) -> None:
-        if self._is_watched or self._transport.sweep() is None or not _threads_run() or not _register(self):
+        watching = self._thread
+        if watching is not None and watching.is_alive() or self._transport.sweep() is None or not _threads_run():
             return
-        self._is_watched = True
+        if not _register(self):
+            return
         try:
             thread = threading.Thread(target=self._sweep, name="analysys-sweeper", daemon=True)
+            self._thread = thread  # first: what interrupts start() may come when the thread runs already
             thread.start()
-            self._thread = thread
-        except BaseException as error:  # no more threads, or a signal handler's: the next call tries again
-            self._is_watched = False
-            if not isinstance(error, (RuntimeError, MemoryError)):
-                raise
+        except (RuntimeError, MemoryError):  # no more threads: the next call tries again
+            pass
 
     def _sweep(self) -> None:
-        left = self._transport.sweep()
-        while left is not None and not self._is_over():
+        me, left = threading.current_thread(), self._transport.sweep()
+        while left is not None and self._thread is me and not self._is_over():
             self._ended.wait_for(self._is_over, _CLOCK.now() + min(left, _LOOK_EVERY))  # some die sooner
             left = self._transport.sweep()
-        self._is_watched = False
-        _OPEN.pop(self, None)
+        if self._thread is not me:
+            return
+        _OPEN.pop(self, None)  # first: who sees no thread registers it again
+        self._thread = None
         if not self.closed:
             self._watch()
 
@@ -4083,6 +4084,8 @@ class _Worker:
     def put(self, line: bytes, urgent: bool) -> None:
         if self._phase >= _CLOSING:
             raise _closed()
+        if self._thread is None:
+            _register(self)  # first: a signal handler may raise as soon as the queue has it
         waiting = self._queue.put(line) or self._wait_for_room(line)
         # close() sets the phase, then empties the queue. So a line that came too late to be seen there sees the phase
         # here, and exactly one of the two has it: who takes it out of the queue.
@@ -4091,11 +4094,11 @@ class _Worker:
             raise _closed()
         if urgent:
             self._hurried = True
-        if self._thread is None:
-            if not self.begin():
-                self._finish()
-        elif urgent or waiting >= self._changed.threshold:
-            self._wake()
+        elif self._thread is not None and waiting < self._changed.threshold:
+            return
+        self._wake()
+        if self._living() is None and not self.begin():
+            self._finish()
 
     def flush(self, timeout: "Optional[float]") -> None:
         deadline = float("inf") if timeout is None else _CLOCK.now() + timeout
@@ -4112,7 +4115,7 @@ class _Worker:
         while not is_over() and not self._turn.is_mine() and _CLOCK.now() < deadline:
             self.hurry()  # again each second, to cut a back-off that began meanwhile
             patience = _CUT_EVERY
-            if self._thread is None:
+            if self._living() is None:
                 self.begin(deadline)
                 patience = max(0.01, self._sender.outage.not_before - _CLOCK.now())
             if self._changed.wait_for(is_over, min(deadline, _CLOCK.now() + patience)):
@@ -4129,7 +4132,7 @@ class _Worker:
             self.flush(timeout)
         except AnalysysPythonSdkNetworkException:
             why = self._sender.outage.state()
-        self._phase, thread = _ENDED, self._thread
+        self._phase, thread = _ENDED, self._living()
         # A queue on disk stays the thread's until its request is over, so that nobody sends the same meanwhile.
         left = [] if self._queue.is_durable and thread is not None else self._queue.close()
         self._changed.notify()
@@ -4160,7 +4163,7 @@ class _Worker:
         if self._phase < _ENDED:  # also where a close() was interrupted
             self._phase = _DROPPED
         self._wake()
-        if self._thread is None and self._is_finished():
+        if self._living() is None and self._is_finished():
             self._end()
 
     def disown(self) -> None:
@@ -4172,13 +4175,16 @@ class _Worker:
         will_exit = _register(self)
         # Two callers may come here at once: the turn lets one of them start the thread. It is kept until `_thread` is
         # set, so that the thread and the loop below, which sends in the caller's, never send side by side.
-        if self._thread is None and will_exit and _threads_run() and self._turn.is_free():
+        if self._turn.is_free():
             try:
                 if not self._turn.take():
                     return will_exit
-                thread = threading.Thread(target=self._run, name=_SENDER, daemon=True)
-                self._thread = thread
-                thread.start()
+                if self._thread is not None and not self._thread.is_alive():
+                    self._thread = None
+                if self._thread is None and will_exit and _threads_run():
+                    thread = threading.Thread(target=self._run, name=_SENDER, daemon=True)
+                    self._thread, self._changed.threshold = thread, 0
+                    thread.start()
             except BaseException as error:
                 begun = self._thread
                 if begun is None or not begun.is_alive():  # else it had begun when a signal handler raised
@@ -4209,7 +4215,7 @@ class _Worker:
             return waiting > 0 or self.closed or self._sender.outage.since is not None
 
         self._hurried = True  # a queue without room is full, also where slots are free and the line takes more
-        if self._thread is None:
+        if self._living() is None:
             self.begin()
         self._wake()
         patience, advice = self._patience_here()
@@ -4235,8 +4241,15 @@ class _Worker:
         return self._sender.timeout, ""
 
     def _wake(self) -> None:
-        self._changed.threshold = sys.maxsize
+        if self._changed.threshold:  # 0: the thread is not at work yet, so each put() looks whether it lives
+            self._changed.threshold = sys.maxsize
         self._changed.notify()
+
+    def _living(self) -> "Optional[threading.Thread]":
+        """Return the thread; None where there is none, or it died as it was born: no memory, a tracer that raises."""
+        thread = self._thread
+        is_dead = thread is not None and self._turn.is_free() and not thread.is_alive()  # its start has the turn
+        return None if is_dead else thread
 
     # What the sending thread does
 
@@ -4247,6 +4260,7 @@ class _Worker:
         if self._thread is not me:  # and meanwhile there is another
             return
         try:
+            self._changed.threshold = sys.maxsize
             while not self._is_finished():
                 if not self._step():
                     self._sleep()

@@ -6262,9 +6262,10 @@ def test_wherever_a_small_record_or_an_exception_comes_into_the_put_of_a_large_o
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-def test_a_start_of_the_sending_thread_that_is_interrupted_leaves_one_such_thread(monkeypatch, is_late):
+@pytest.mark.parametrize("kind, name", [(BatchCollecter, "analysys-sender"), (DefaultCollecter, "analysys-sweeper")])
+def test_a_start_of_a_thread_that_is_interrupted_leaves_one_such_thread(monkeypatch, kind, name, is_late):
     def start(thread, begin=threading.Thread.start):
-        if thread.name != "analysys-sender":
+        if thread.name != name:
             return begin(thread)
         if is_late:
             _thread.start_new_thread(begin, (thread,))
@@ -6272,21 +6273,60 @@ def test_a_start_of_the_sending_thread_that_is_interrupted_leaves_one_such_threa
             begin(thread)
         raise Interrupt
 
-    def senders():                                     # but those that other tests left
-        return {thread for thread in threading.enumerate() if thread.name == "analysys-sender"} - others
+    def ours():                                        # but those that other tests left
+        return {thread for thread in threading.enumerate() if thread.name == name} - others
     others = set()
-    others = senders()
-    with FaultyServer() as server, batch(server) as (collecter, tracker):
+    others = ours()
+    with FaultyServer() as server, tracker_to(kind(server.url)) as tracker:
         monkeypatch.setattr(threading.Thread, "start", start)
-        for name in numbered("e", 5):
+        for event in numbered("e", 5):
             with contextlib.suppress(Interrupt):
-                track(tracker, name)
+                track(tracker, event)
         monkeypatch.undo()
         track(tracker, "last")
         tracker.flush()
         assert server.names == numbered("e", 5) + ["last"]
-        wait_until(lambda: len(senders()) == 1)
-        assert {collecter._state()._thread} == senders()
+        wait_until(lambda: len(ours()) == 1)
+        assert {tracker.sink._state()._thread} == ours()
+        balanced(tracker.sink, delivered=6)
+
+
+@pytest.mark.parametrize("spool, arrives", [("None", ["b", "c"]), ("folder", ["a", "b", "c"])])
+def test_a_sending_thread_that_dies_as_it_is_born_is_replaced_and_close_does_not_wait_for_it(tmp_path, spool, arrives):
+    with FaultyServer() as server:
+        run("""
+            def stillborn(frame, what, _):             # as a broken tracer makes it, or a moment without memory
+                raise MemoryError
+
+            def with_one(xwhat):
+                collecter = BatchCollecter(url, max_interval_time=60, queue_cache_max_size=2, spool_path=%s)
+                give(collecter, xwhat)
+                wait_until(lambda: not collecter._state()._thread.is_alive())
+                return collecter
+            threading.settrace(stillborn)
+            with open(os.devnull, "w") as sys.stderr:
+                try:
+                    with_one("a").close(0)
+                except AnalysysPythonSdkNetworkException as error:
+                    assert len(error.records) == 1
+                collecter = with_one("b")
+                threading.settrace(None)
+                give(collecter, "c")
+            sys.stderr = sys.__stderr__
+            wait_until(lambda: collecter.stats()["delivered"] == %d)
+            collecter.close()
+        """ % (spool, len(arrives)), server.url, tmp_path)
+        assert server.names == arrives
+
+
+def test_wherever_a_signal_handler_raises_in_a_call_exit_knows_of_what_was_accepted():
+    for step in each_step(10):
+        collecter = BatchCollecter(URL, max_interval_time=NEVER)
+        state = collecter._state()
+        disturbed(lambda: give(collecter, "Event"), step, interrupt)
+        assert state in analysys._OPEN or not state.stats()["accepted"]
+        with contextlib.suppress(NetworkError):
+            collecter.close(0)
 
 
 def test_a_put_whose_record_is_taken_meanwhile_has_put_it():
