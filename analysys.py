@@ -3158,6 +3158,7 @@ class _Writer(_Owner):
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
         self.writing = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
         self.written = 0  # records: the one count of them
+        self.lost: "Dict[str, int]" = {}  # of these, by their file: a count that may be noted again
         self.room = _Room(directory, self.name, max_bytes)
         self._is_busy = False  # a call is inside append(): another one came while it runs, in the same thread
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
@@ -3226,6 +3227,11 @@ class _Writer(_Owner):
         except RuntimeError:  # it was changed by another thread
             return self.settled()
         return taken
+
+    def held(self) -> "Dict[str, int]":
+        """Return the counts that the ledger does not have."""
+        lost = sum(self.lost.copy().values())  # first: what is lost was written
+        return _held(self.written - lost, lost)
 
     def give_up(self, file: "_SpoolFile") -> "Tuple[int, List[bytes]]":
         """Write no more to a file that is gone; return how many of its records are not taken, and what can be read."""
@@ -3420,7 +3426,7 @@ class _Spool(_LineQueue):
             self._own = own = _claimed_writer(directory, max_bytes)
         except (OSError, ValueError) as error:  # ValueError: a path that the file system's encoding cannot hold
             raise _unwritable(directory, error) from error
-        ledger = _Ledger("adopted", held=lambda: _held(own.written))  # not of self: that would be a cycle
+        ledger = _Ledger("adopted", held=own.held)  # not of self: that would be a cycle
         super().__init__(ledger, _RejectedLog(os.path.join(directory, "rejected.log"), own.room.rejected_size))
         self._leftovers = _Leftovers(directory, own.name)
         self._due_size = due_size
@@ -3577,7 +3583,8 @@ class _Spool(_LineQueue):
         if lost > 0:
             reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
             error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
-            self.ledger.settle(lost, error)
+            self.ledger.refusals.append(error)  # first, as in the ledger's settle()
+            self._own.lost[file.name] = lost
         file.end = file.ranges[0][0]  # last: nothing more is to be had of it
 
 
