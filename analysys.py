@@ -3286,6 +3286,17 @@ def _unlink(path: str) -> None:
         pass
 
 
+def _largest_file() -> int:
+    """Return how many bytes a file of this process may have (`ulimit -f`): a larger one takes nothing any more."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    except (ImportError, OSError):  # Windows, WebAssembly
+        return _ROLL_SIZE
+    return _ROLL_SIZE if limit == resource.RLIM_INFINITY else limit
+
+
 class _Room:
     """How much a spool directory may hold, by all processes together and with `rejected.log`.
 
@@ -3294,8 +3305,8 @@ class _Room:
     """
 
     def __init__(self, directory: str, own_name: str, most: int) -> None:
-        self.roll_size = max(1, min(_ROLL_SIZE, most // 4))
-        self.rejected_size = max(1, min(_ROLL_SIZE, most // 16))
+        self.roll_size = max(1, min(_ROLL_SIZE, most // 4, _largest_file()))
+        self.rejected_size = max(1, min(_ROLL_SIZE, most // 16, _largest_file()))
         self._directory = directory
         self._own_name = own_name
         self._most = most

@@ -3544,6 +3544,22 @@ def test_files_roll_at_16_mib_and_where_the_directory_is_made_it_is_0700(tmp_pat
         os.umask(before)
 
 
+@posix_only
+def test_where_files_may_not_grow_to_16_mib_they_roll_before_and_so_does_rejected_log(tmp_path):
+    with FaultyServer(*[answer(200, code(400))] * 60) as server:
+        run("""
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+            collecter = BatchCollecter(url, spool_path=folder, collecter_max_size=1, on_error=lambda *_: None)
+            for xwhat in numbered("e", 200):
+                give(collecter, xwhat, text="x" * 255)
+            collecter.flush()
+            balanced(collecter, accepted=200, rejected=60, delivered=140)
+        """, server.url, tmp_path)
+    assert len(lines_of("e", text="x" * 255)) * 60 > 20000
+    names = [one["record"]["xwhat"] for end in (".1", "") for one in map(json.loads, open(str(tmp_path / "rejected.log") + end))]
+    assert names == numbered("e", 60)
+
+
 def test_leftovers_are_looked_for_at_start_and_then_every_5_seconds(tmp_path, monkeypatch):
     clock = FakeClock(monkeypatch)
     clock.now = lambda: moment
