@@ -4757,7 +4757,7 @@ class BatchCollecter(_Collecter):
         ssl_context: "Optional[ssl.SSLContext]" = None,
         headers: "Optional[Dict[str, str]]" = None,
         queue_timeout: "Optional[float]" = None,
-        spool_path: "Optional[str]" = None,
+        spool_path: "Union[str, os.PathLike[str], None]" = None,
         spool_max_bytes: int = 1 << 30,
         on_error: "OnError" = None
     ) -> None:

@@ -1947,6 +1947,12 @@ def test_a_bad_constructor_argument_is_named_and_refused(tmp_path, monkeypatch, 
         assert len(str(caught.value)) <= 500 and os.listdir(str(tmp_path)) == []
 
 
+def test_a_directory_may_be_a_path_and_type_checkers_know_that(tmp_path):
+    for make, name in (LogCollecter, "log_path"), (functools.partial(BatchCollecter, URL), "spool_path"):
+        make(**{name: tmp_path}).close()
+        assert "os.PathLike[str]" in inspect.signature(make).parameters[name].annotation
+
+
 def test_the_smallest_constructor_arguments_are_accepted(tmp_path):
     for collecter in [DefaultCollecter(URL, 0.001), BatchCollecter(URL, 0.001, 1, 1, 1, 0.001, queue_timeout=0)] + [
             LogCollecter(str(tmp_path), True, 1, rule) for rule in ("hour", "day", "Hour", "DAY")]:
