@@ -1897,10 +1897,12 @@ class _Connections:
             self._drop(kept[1])
 
     def _is_usable(self, kept: "Tuple[Any, Any, float]") -> bool:
-        return _CLOCK.now() < kept[2] + _MAX_IDLE and _is_quiet(kept[1].sock)
+        return _CLOCK.now() < kept[2] + _MAX_IDLE and _has_its_own(kept[1]) and _is_quiet(kept[1].sock)
 
     def _drop(self, connection: "Any") -> None:
         self._all.discard(connection)  # first: a child that is forked in between must not close this number
+        if connection.sock is not None and not _has_its_own(connection):
+            connection.sock.detach()
         connection.close()
 
     def _connect(self, request: "Any", tunnel: "Optional[str]", credentials: "Optional[str]") -> "Any":
@@ -1945,6 +1947,12 @@ def _is_gone(error: Exception) -> bool:
         kinds = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
         return isinstance(error, kinds) or bool(re.search(r"(?i)\beof\b|is.shutdown", str(error)))
     return isinstance(error, OSError) and error.errno in (0, errno.ENOTCONN)
+
+
+def _has_its_own(connection: "Any") -> bool:
+    """Tell whether a connection's descriptor is still its: somebody may have closed it, and another has that number."""
+    fd, made = connection.descriptor
+    return bool(_inode_at(fd) == made)
 
 
 def _is_quiet(sock: "Any") -> bool:

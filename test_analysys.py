@@ -4184,6 +4184,37 @@ def test_nothing_is_written_into_files_that_got_the_numbers_of_descriptors_that_
 
 
 @posix_only
+@pytest.mark.parametrize("kind", ["BatchCollecter", "DefaultCollecter"])
+@pytest.mark.parametrize("who", ["the next call", "a look"])
+def test_a_connection_whose_descriptor_somebody_closed_is_replaced_and_who_has_its_number_keeps_it(kind, who):
+    with FaultyServer() as server:
+        run("""
+            import socket
+            analysys._LOOK_EVERY = 0.05 if %r == "a look" else 1e6
+            collecter = %s(url)
+            give(collecter, "a")
+            collecter.flush()
+            os.closerange(3, 50)                       # as what becomes a daemon does
+            strangers = [end for _ in range(20) for end in socket.socketpair()]
+            if analysys._LOOK_EVERY < 1:
+                state = collecter._state()
+                pool = (state._transport if hasattr(state, "_transport") else state._sender.transport)._pool
+                wait_until(lambda: not pool._all)
+            give(collecter, "b")
+            collecter.flush()
+            collecter.close()
+            balanced(collecter, delivered=2, retries=0)
+            for end in strangers:                      # open, and nothing came
+                end.setblocking(False)
+                try:
+                    raise AssertionError(end.recv(1))
+                except BlockingIOError:
+                    pass
+        """ % (who, kind), server.url)
+        assert server.names == ["a", "b"]
+
+
+@posix_only
 def test_a_spool_whose_lock_file_another_process_takes_as_it_is_made_makes_another_one(tmp_path, monkeypatch):
     import fcntl
     opening, takers, (ours, theirs) = os.open, [], os.pipe()
