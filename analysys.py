@@ -313,9 +313,9 @@ def _shown(value: object) -> str:
         shown = shortened.repr(value)[:100]
         if type(value) in (str, list, tuple) and len(value) > 30:  # type: ignore[arg-type]
             shown += " (%d %s)" % (len(value), "characters" if type(value) is str else "items")  # type: ignore[arg-type]
-        return shown
     except Exception:
-        return "a %s" % type(value).__name__[:100]
+        shown = object.__repr__(value)  # which asks neither the value nor its class
+    return _printable(shown)  # a class's own repr() says anything
 
 
 def _shown_int(x: int, level: int) -> str:
@@ -1094,7 +1094,7 @@ def _members(
         raise _illegal("the number of " + argument, len(own), "must be at most %d" % most)
     texts = _texts(argument, own)
     if len(texts) < len(own):
-        return _members(argument, _with_plain_names(argument, own), only, most)
+        return _members(argument, _plain_dict(argument, own), only, most)
     if only is not None:
         for name, value in own.items():
             if _value_rule(value) is not _RULES[only]:
@@ -1141,10 +1141,14 @@ def _texts(argument: str, own: "Dict[str, Any]") -> "List[str]":
 
 
 def _plain_dict(argument: str, given: "Any") -> "Record":
-    """Return properties as a dict: what they hold, not what they say."""
+    """Return properties as a dict with names of plain str: what they hold, not what they or their names say."""
     if not issubclass(type(given), dict):  # whatever it says of its class
         raise _illegal(argument, given, "must be a dict or None")
-    return dict(_steady(lambda: [*dict.items(given)]))
+    items = _steady(lambda: [*dict.items(given)])
+    plain = {_check("a name in " + argument, name, "name"): value for name, value in items}
+    if len(plain) < len(items):
+        raise _same_names(argument, [_check("a name in " + argument, name, "name") for name, _ in items])
+    return plain
 
 
 def _steady(look: "Callable[[], Any]") -> "Any":
@@ -1152,16 +1156,10 @@ def _steady(look: "Callable[[], Any]") -> "Any":
     while True:
         try:
             return look()
+        except _EXHAUSTED:  # a RecursionError is a RuntimeError, and would come again for ever
+            raise
         except RuntimeError:  # it was changed
             pass
-
-
-def _with_plain_names(argument: str, given: "Dict[Any, Any]") -> "Record":
-    """Return properties with names of subclasses of str as str."""
-    plain = {_check("a name in " + argument, name, "name"): value for name, value in given.items()}
-    if len(plain) != len(given):
-        raise _same_names(argument, [_check("a name in " + argument, name, "name") for name in given])
-    return plain
 
 
 def _unset_members(argument: str, given: "Any") -> "Tuple[bytes, FrozenSet[str]]":
@@ -1903,10 +1901,12 @@ class _Connections:
             self._drop(kept[1])
 
     def _is_usable(self, kept: "Tuple[Any, Any, float]") -> bool:
-        return _CLOCK.now() < kept[2] + _MAX_IDLE and _is_quiet(kept[1].sock)
+        return _CLOCK.now() < kept[2] + _MAX_IDLE and _has_its_own(kept[1]) and _is_quiet(kept[1].sock)
 
     def _drop(self, connection: "Any") -> None:
         self._all.discard(connection)  # first: a child that is forked in between must not close this number
+        if connection.sock is not None and not _has_its_own(connection):
+            connection.sock.detach()
         connection.close()
 
     def _connect(self, request: "Any", tunnel: "Optional[str]", credentials: "Optional[str]") -> "Any":
@@ -1951,6 +1951,12 @@ def _is_gone(error: Exception) -> bool:
         kinds = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
         return isinstance(error, kinds) or bool(re.search(r"(?i)\beof\b|is.shutdown", str(error)))
     return isinstance(error, OSError) and error.errno in (0, errno.ENOTCONN)
+
+
+def _has_its_own(connection: "Any") -> bool:
+    """Tell whether a connection's descriptor is still its: somebody may have closed it, and another has that number."""
+    fd, made = connection.descriptor
+    return bool(_inode_at(fd) == made)
 
 
 def _is_quiet(sock: "Any") -> bool:
@@ -3164,6 +3170,7 @@ class _Writer(_Owner):
         super().__init__(directory, "%013d-%d-%s" % (time.time() * 1000, os.getpid(), suffix))
         self.writing: "Any" = threading.RLock()  # re-entrant, for a __del__ or signal handler that tracks
         self.written = 0  # records: the one count of them
+        self.lost: "Dict[str, int]" = {}  # of these, by their file: a count that may be noted again
         self.room = _Room(directory, self.name, max_bytes)
         self._is_torn = False  # a call ended in an exception: the file may hold more than was noted
         self._numbers = itertools.count(1)  # of files; a step that no other call comes into
@@ -3228,6 +3235,11 @@ class _Writer(_Owner):
                 return int(file.before + oldest.number) - 1
         return taken
 
+    def held(self) -> "Dict[str, int]":
+        """Return the counts that the ledger does not have."""
+        lost = sum(self.lost.copy().values())  # first: what is lost was written
+        return _held(self.written - lost, lost)
+
     def give_up(self, file: "_SpoolFile") -> "Tuple[int, List[bytes]]":
         """Write no more to a file that is gone; return how many of its records are not taken, and what can be read."""
         with self.writing:  # it may be the one that is written: the next put() makes another one
@@ -3281,6 +3293,17 @@ def _unlink(path: str) -> None:
         pass
 
 
+def _largest_file() -> int:
+    """Return how many bytes a file of this process may have (`ulimit -f`): a larger one takes nothing any more."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    except (ImportError, OSError):  # Windows, WebAssembly
+        return _ROLL_SIZE
+    return _ROLL_SIZE if limit == resource.RLIM_INFINITY else limit
+
+
 class _Room:
     """How much a spool directory may hold, by all processes together and with `rejected.log`.
 
@@ -3289,8 +3312,8 @@ class _Room:
     """
 
     def __init__(self, directory: str, own_name: str, most: int) -> None:
-        self.roll_size = max(1, min(_ROLL_SIZE, most // 4))
-        self.rejected_size = max(1, min(_ROLL_SIZE, most // 16))
+        self.roll_size = max(1, min(_ROLL_SIZE, most // 4, _largest_file()))
+        self.rejected_size = max(1, min(_ROLL_SIZE, most // 16, _largest_file()))
         self._directory = directory
         self._own_name = own_name
         self._most = most
@@ -3421,7 +3444,7 @@ class _Spool(_LineQueue):
             self._own = own = _claimed_writer(directory, max_bytes)
         except (OSError, ValueError) as error:  # ValueError: a path that the file system's encoding cannot hold
             raise _unwritable(directory, error) from error
-        ledger = _Ledger("adopted", held=lambda: _held(own.written))  # not of self: that would be a cycle
+        ledger = _Ledger("adopted", held=own.held)  # not of self: that would be a cycle
         super().__init__(ledger, _RejectedLog(os.path.join(directory, "rejected.log"), own.room.rejected_size))
         self._leftovers = _Leftovers(directory, own.name)
         self._due_size = due_size
@@ -3579,7 +3602,8 @@ class _Spool(_LineQueue):
         if lost > 0:
             reason = "%d records were in %s, which somebody removed" % (lost, _printable(file.path))
             error = AnalysysPythonSdkIllegalDataException(reason, _records(left[:lost]))
-            self.ledger.settle(lost, error)
+            self.ledger.refusals.append(error)  # first, as in the ledger's settle()
+            self._own.lost[file.name] = lost
         file.end = file.ranges[0][0]  # last: nothing more is to be had of it
 
 
@@ -3936,8 +3960,7 @@ class _Direct:
         self._timeout = request_timeout
         self._ledger = _Ledger()
         self._transport = _Transport(url, ssl_context, headers)
-        self._is_watched = False  # by that thread
-        self._thread: "Optional[threading.Thread]" = None
+        self._thread: "Optional[threading.Thread]" = None  # that one; it ends where it sees another one here
         self._ended = _Signal()
 
     def put(self, line: bytes, urgent: bool) -> None:
@@ -3963,7 +3986,7 @@ class _Direct:
         self.closed, thread = not _is_exit(), self._thread
         self._transport.close()
         self._ended.notify()
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(timeout)
 
     def told(self) -> bool:
@@ -3985,25 +4008,27 @@ class _Direct:
         return self.closed or _is_exit()
 
     def _watch(self) -> None:
-        if self._is_watched or self._transport.sweep() is None or not _threads_run() or not _register(self):
+        watching = self._thread
+        if watching is not None and watching.is_alive() or self._transport.sweep() is None or not _threads_run():
             return
-        self._is_watched = True
+        if not _register(self):
+            return
         try:
             thread = threading.Thread(target=self._sweep, name="analysys-sweeper", daemon=True)
+            self._thread = thread  # first: what interrupts start() may come when the thread runs already
             thread.start()
-            self._thread = thread
-        except BaseException as error:  # no more threads, or a signal handler's: the next call tries again
-            self._is_watched = False
-            if not isinstance(error, (RuntimeError, MemoryError)):
-                raise
+        except (RuntimeError, MemoryError):  # no more threads: the next call tries again
+            pass
 
     def _sweep(self) -> None:
-        left = self._transport.sweep()
-        while left is not None and not self._is_over():
+        me, left = threading.current_thread(), self._transport.sweep()
+        while left is not None and self._thread is me and not self._is_over():
             self._ended.wait_for(self._is_over, _CLOCK.now() + min(left, _LOOK_EVERY))  # some die sooner
             left = self._transport.sweep()
-        self._is_watched = False
-        _OPEN.pop(self, None)
+        if self._thread is not me:
+            return
+        _OPEN.pop(self, None)  # first: who sees no thread registers it again
+        self._thread = None
         if not self.closed:
             self._watch()
 
@@ -4085,6 +4110,8 @@ class _Worker:
     def put(self, line: bytes, urgent: bool) -> None:
         if self._phase >= _CLOSING:
             raise _closed()
+        if self._thread is None:
+            _register(self)  # first: a signal handler may raise as soon as the queue has it
         waiting = self._queue.put(line) or self._wait_for_room(line)
         # close() sets the phase, then empties the queue. So a line that came too late to be seen there sees the phase
         # here, and exactly one of the two has it: who takes it out of the queue.
@@ -4093,11 +4120,11 @@ class _Worker:
             raise _closed()
         if urgent:
             self._hurried = True
-        if self._thread is None:
-            if not self.begin():
-                self._finish()
-        elif urgent or waiting >= self._changed.threshold:
-            self._wake()
+        elif self._thread is not None and waiting < self._changed.threshold:
+            return
+        self._wake()
+        if self._living() is None and not self.begin():
+            self._finish()
 
     def flush(self, timeout: "Optional[float]") -> None:
         deadline = float("inf") if timeout is None else _CLOCK.now() + timeout
@@ -4114,7 +4141,7 @@ class _Worker:
         while not is_over() and not self._turn.is_mine() and _CLOCK.now() < deadline:
             self.hurry()  # again each second, to cut a back-off that began meanwhile
             patience = _CUT_EVERY
-            if self._thread is None:
+            if self._living() is None:
                 self.begin(deadline)
                 patience = max(0.01, self._sender.outage.not_before - _CLOCK.now())
             if self._changed.wait_for(is_over, min(deadline, _CLOCK.now() + patience)):
@@ -4131,7 +4158,7 @@ class _Worker:
             self.flush(timeout)
         except AnalysysPythonSdkNetworkException:
             why = self._sender.outage.state()
-        self._phase, thread = _ENDED, self._thread
+        self._phase, thread = _ENDED, self._living()
         # A queue on disk stays the thread's until its request is over, so that nobody sends the same meanwhile.
         left = [] if self._queue.is_durable and thread is not None else self._queue.close()
         self._changed.notify()
@@ -4162,7 +4189,7 @@ class _Worker:
         if self._phase < _ENDED:  # also where a close() was interrupted
             self._phase = _DROPPED
         self._wake()
-        if self._thread is None and self._is_finished():
+        if self._living() is None and self._is_finished():
             self._end()
 
     def disown(self) -> None:
@@ -4174,13 +4201,16 @@ class _Worker:
         will_exit = _register(self)
         # Two callers may come here at once: the turn lets one of them start the thread. It is kept until `_thread` is
         # set, so that the thread and the loop below, which sends in the caller's, never send side by side.
-        if self._thread is None and will_exit and _threads_run() and self._turn.is_free():
+        if self._turn.is_free():
             try:
                 if not self._turn.take():
                     return will_exit
-                thread = threading.Thread(target=self._run, name=_SENDER, daemon=True)
-                self._thread = thread
-                thread.start()
+                if self._thread is not None and not self._thread.is_alive():
+                    self._thread = None
+                if self._thread is None and will_exit and _threads_run():
+                    thread = threading.Thread(target=self._run, name=_SENDER, daemon=True)
+                    self._thread, self._changed.threshold = thread, 0
+                    thread.start()
             except BaseException as error:
                 begun = self._thread
                 if begun is None or not begun.is_alive():  # else it had begun when a signal handler raised
@@ -4211,7 +4241,7 @@ class _Worker:
             return waiting > 0 or self.closed or self._sender.outage.since is not None
 
         self._hurried = True  # a queue without room is full, also where slots are free and the line takes more
-        if self._thread is None:
+        if self._living() is None:
             self.begin()
         self._wake()
         patience, advice = self._patience_here()
@@ -4237,8 +4267,15 @@ class _Worker:
         return self._sender.timeout, ""
 
     def _wake(self) -> None:
-        self._changed.threshold = sys.maxsize
+        if self._changed.threshold:  # 0: the thread is not at work yet, so each put() looks whether it lives
+            self._changed.threshold = sys.maxsize
         self._changed.notify()
+
+    def _living(self) -> "Optional[threading.Thread]":
+        """Return the thread; None where there is none, or it died as it was born: no memory, a tracer that raises."""
+        thread = self._thread
+        is_dead = thread is not None and self._turn.is_free() and not thread.is_alive()  # its start has the turn
+        return None if is_dead else thread
 
     # What the sending thread does
 
@@ -4249,6 +4286,7 @@ class _Worker:
         if self._thread is not me:  # and meanwhile there is another
             return
         try:
+            self._changed.threshold = sys.maxsize
             while not self._is_finished():
                 if not self._step():
                     self._sleep()
@@ -4731,7 +4769,7 @@ class BatchCollecter(_Collecter):
         ssl_context: "Optional[ssl.SSLContext]" = None,
         headers: "Optional[Dict[str, str]]" = None,
         queue_timeout: "Optional[float]" = None,
-        spool_path: "Optional[str]" = None,
+        spool_path: "Union[str, os.PathLike[str], None]" = None,
         spool_max_bytes: int = 1 << 30,
         on_error: "OnError" = None
     ) -> None:
