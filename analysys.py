@@ -6864,7 +6864,7 @@ class _Text:
         self.before = (self.before + data if len(data) < _HASHED else data)[-_HASHED:]
 
     def _read_head(self) -> bytes:
-        head, data, read = b"", b"-", getattr(self._file, "read1", self._file.read)
+        head, data, read = b"", b"-", self._file.read1 if self.is_packed else self._file.read
         try:
             while data:
                 data = read(_HASHED - len(head))
@@ -6996,23 +6996,72 @@ def _unpacking(head: bytes, raw: "Any") -> "Any":
     if head.startswith(b"BZh"):
         import bz2
 
-        return bz2.BZ2File(raw)
+        return _Unpacked(raw, bz2.BZ2Decompressor)
     if head.startswith(b"\xfd7zXZ\0"):
         import lzma
 
-        try:
-            lzma.LZMADecompressor(memlimit=_MAX_UNPACKING).decompress(head, 1)
-        except lzma.LZMAError as error:
-            raise OSError("%s (at most %d bytes of memory; xz -d unpacks it)" % (error, _MAX_UNPACKING)) from None
-        return lzma.LZMAFile(raw)
+        return _Unpacked(raw, functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, _MAX_UNPACKING))
     return raw
 
 
+class _Unpacked:
+    """What a file holds that bzip2 or xz packed: streams, each of which *stream()* makes what unpacks it.
+
+    The library's own readers take what they do not know behind a stream, or zeros between two, for the end of all.
+    """
+
+    def __init__(self, raw: "Any", stream: "Callable[[], Any]") -> None:
+        self._raw = raw
+        self._next_stream = stream
+        self._stream: "Any" = None
+
+    def seek(self, offset: int) -> None:
+        """Go to the beginning."""
+        self._raw.seek(offset)
+        self._stream = None
+
+    def read1(self, size: int) -> bytes:
+        """Return up to *size* bytes, none at the end."""
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream is None or self._stream.eof:
+                packed = self._next_begins()
+                if not packed:
+                    return b""
+                self._stream = self._next_stream()
+            elif self._stream.needs_input:
+                packed = self._raw.read(_CHUNK)
+                if not packed:
+                    raise EOFError("it ends before what was packed does")
+            try:
+                data = self._stream.decompress(packed, size)
+            except Exception as error:  # lzma has its own
+                advice = " (at most %d bytes of memory; xz -d unpacks it)" % _MAX_UNPACKING
+                raise OSError("%s%s" % (error, advice if "limit" in str(error) else "")) from None
+        return data
+
+    def _next_begins(self) -> bytes:
+        """Return the first bytes of the next stream, behind zeros, which xz may have there; none at the end."""
+        packed: bytes = self._stream.unused_data if self._stream is not None else b""
+        while not packed.lstrip(b"\0"):
+            packed = self._raw.read(_CHUNK)
+            if not packed:
+                return b""
+        return packed.lstrip(b"\0")
+
+    def close(self) -> None:
+        self._raw.close()
+
+
 _OTHER_FORMS = (
-    ((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"'), "UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    ((b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"{\0\0\0", b"\0\0\0{"), "UTF-32", "convert it (iconv -f UTF-32 -t UTF-8)"),
+    ((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"'), "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
     (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it (zstd -d)"),
     (b"\x04\x22\x4d\x18", "packed by lz4", "unpack it (lz4 -d)"),
     (b"\x1f\x9d", "packed by compress", "unpack it (uncompress)"),
+    (b"\x5d\0\0", "packed by lzma", "unpack it (xz -d)"),
+    (b"LZIP", "packed by lzip", "unpack it (lzip -d)"),
     (b"PK\3\4", "a zip archive", "unpack it (unzip)"),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it (7z x)"),
     (b"ustar", "a tar archive", "unpack it (tar -x)"),
@@ -7054,18 +7103,20 @@ class _Log(_Source):
         self.name = self.entry["name"] = os.path.basename(text.path)
 
     def open(self, offset: int) -> "Callable[[int], bytes]":
-        if not self.text.go(offset):
-            raise _Changed("it was changed while it was read")
-        return self._read
+        def read(size: int) -> bytes:  # of several at a time, each from where it was
+            nonlocal offset
+            if self.text.offset != offset and not self.text.go(offset):
+                raise _Changed("it was changed while it was read")
+            data = self.text.read(size, self.ranges[0][0])
+            if not self.number and not self.flight and _is_rejection(data):
+                raise OSError('these are lines of a rejected.log; what was rejected is the member "record" of each')
+            offset = self.text.offset
+            return data
+
+        return read
 
     def is_final(self, text: bytes) -> bool:
         return not self.text.is_paused
-
-    def _read(self, size: int) -> bytes:
-        data = self.text.read(size, self.ranges[0][0])
-        if not self.number and not self.flight and _is_rejection(data):
-            raise OSError('these are lines of a rejected.log; what was rejected is the member "record" of each')
-        return data
 
     def settle(self, line: "_Line") -> None:
         """As a source does, but where the last line is broken the place stays before it: it may be ended."""

@@ -9641,11 +9641,13 @@ def test_a_checkpoint_is_fsynced_once_a_second(tmp_path, monkeypatch):
 
 def test_xz_that_takes_much_memory_to_unpack_is_named(tmp_path):
     import lzma
-    (tmp_path / "datas_1.log.xz").write_bytes(lzma.compress(lines_of("a").encode(), preset=9))
+    large = lzma.compress(lines_of("b").encode(), preset=9)
+    for number, data in enumerate([large, lzma.compress(lines_of("a").encode()) + large]):
+        (tmp_path / ("datas_%d.log.xz" % number)).write_bytes(data)
     log_file(tmp_path / "datas_9.log", "z")
     with FaultyServer() as server:
         shipped = ship(tmp_path, "--server", server.url)
-        assert (shipped.status, server.names) == (2, ["z"]) and "xz -d unpacks it" in shipped.err
+        assert (shipped.status, server.names) == (2, ["a", "z"]) and shipped.err.count("xz -d unpacks it") == 3
 
 
 @table("key, value", [
@@ -10260,6 +10262,15 @@ def test_a_line_longer_than_any_record_is_damaged_and_the_lines_after_it_are_del
         assert server.names == ["a", "b"]
 
 
+def test_a_record_of_more_than_4_mib_and_the_lines_after_it_are_delivered_once(tmp_path):
+    (tmp_path / "datas_2018072510.log").write_text(
+        lines_of("a") + lines_of("large", filler="x" * (5 << 20)) + lines_of(*numbered("e", 900)))
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url) == (0, "delivered 902, rejected 0, remaining 0\n", "")
+        assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 902
+        assert server.names == ["a", "large"] + numbered("e", 900)
+
+
 @posix_only
 def test_a_terminal_gets_a_progress_line_and_a_file_does_not(tmp_path):
     log_file(tmp_path / "datas_2018072510.log", *numbered("e", 20))
@@ -10457,6 +10468,20 @@ def test_marks_blanks_endings_and_packings_are_no_damage_whatever_the_names(tmp_
             assert server.names == ["a", "b", "c"], name
 
 
+@pytest.mark.parametrize("packing", ["gzip", "bz2", "lzma"])
+def test_what_stands_behind_a_packed_stream_is_delivered_or_named(tmp_path, packing):
+    pack, zeros = __import__(packing).compress, b"" if packing == "bz2" else bytes(512)
+    for number, behind in enumerate([lambda b: b, lambda b: zeros + b + zeros, lambda b: b"?" + b, lambda b: b[:-5]]):
+        a, b = (pack(lines_of(name + str(number)).encode()) for name in "ab")
+        (tmp_path / ("datas_%d.log" % number)).write_bytes(a + behind(b))
+    log_file(tmp_path / "datas_9.log", "z")
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url, "--delete")
+        assert (shipped.status, shipped.err.count("cannot read")) == (2, 3)
+        assert [name for name in server.names if name != "b3"] == ["a0", "b0", "a1", "b1", "a2", "a3", "z"]
+        assert sorted(path.name for path in tmp_path.glob("datas*")) == ["datas_2.log", "datas_3.log", "datas_9.log"]
+
+
 def test_what_is_wrong_is_said_clearly_and_holds_up_no_other_file(tmp_path):
     log_file(tmp_path / "datas_1.log", "a")
     (tmp_path / "datas_2.log").write_bytes(b"\x28\xb5\x2f\xfd....")
@@ -10481,7 +10506,8 @@ def test_what_is_wrong_is_said_clearly_and_holds_up_no_other_file(tmp_path):
 @table("word, data", [
     ("a zip archive", b"PK\3\4" + lines_of("a").encode()), ("a 7z archive", b"7z\xbc\xaf...."),
     ("packed by lz4", b"\x04\x22\x4d\x18...."), ("packed by compress", b"\x1f\x9d...."), ("UTF-16", lines_of("a").encode("utf-16-le")),
-    ("a tar archive", b"datas_1.log".ljust(257, b"\0") + b"ustar\n" + lines_of("a").encode())])
+    ("packed by lzma", b"\x5d\0\0\x80...."), ("packed by lzip", b"LZIP\1...."),
+    ("UTF-32", lines_of("a").encode("utf-32-be")), ("UTF-32", lines_of("a").encode("utf-32")), ("a tar archive", b"datas_1.log".ljust(257, b"\0") + b"ustar\n" + lines_of("a").encode())])
 def test_what_has_to_be_unpacked_or_converted_first_is_named_and_neither_rejected_nor_removed(tmp_path, word, data):
     for number, packed in enumerate((data, gzip.compress(data))):
         (tmp_path / ("datas_%d.log.x" % number)).write_bytes(packed)
