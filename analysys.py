@@ -7023,7 +7023,7 @@ class _Unpacked:
     def read1(self, size: int) -> bytes:
         """Return up to *size* bytes, none at the end."""
         data = b""
-        while not data:
+        while size and not data:
             packed = b""
             if self._stream is None or self._stream.eof:
                 packed = self._next_begins()

@@ -10472,7 +10472,7 @@ def test_marks_blanks_endings_and_packings_are_no_damage_whatever_the_names(tmp_
 def test_what_stands_behind_a_packed_stream_is_delivered_or_named(tmp_path, packing):
     pack, zeros = __import__(packing).compress, b"" if packing == "bz2" else bytes(512)
     for number, behind in enumerate([lambda b: b, lambda b: zeros + b + zeros, lambda b: b"?" + b, lambda b: b[:-5]]):
-        a, b = (pack(lines_of(name + str(number)).encode()) for name in "ab")
+        a, b = (pack(lines_of(name + str(number), filler="x" * 9000).encode()) for name in "ab")
         (tmp_path / ("datas_%d.log" % number)).write_bytes(a + behind(b))
     log_file(tmp_path / "datas_9.log", "z")
     with FaultyServer() as server:
