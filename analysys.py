@@ -1449,6 +1449,11 @@ def _answer_hint(answer: "_Answer", text: bytes, code: "Optional[int]") -> "Opti
 _HINTS = (
     ("hostname|address mismatch|doesn't match", "the certificate is for another host: is the address right?"),
     ("has expired|not yet valid", "the certificate is out of date, or this machine's clock is wrong"),
+    (
+        "certificate purpose|not marked critical|key usage|key identifier|too weak|too small",
+        "the certificate, or its CA's, breaks a rule of TLS: have it made anew, for servers",
+    ),
+    ("certificate.required|handshake.failure", "does it want a client's certificate? ssl_context= can have one"),
     ("certificate.verify", "for a private CA: ssl_context=ssl.create_default_context(cafile=FILE), or --ca FILE"),
     ("wrong.version|unknown.protocol|http.request|record.layer|too.long]", "does that port speak plain http?"),
     (r"BadStatusLine: .*\\x1[56]\\x03", "does that port speak https?"),
@@ -1466,8 +1471,8 @@ def _search_hint(what: str) -> "Optional[str]":
 
 def _hint(what: str, stage: int) -> "Optional[str]":
     is_late = re.search("time", what)
-    if stage >= _SENT:
-        found = _search_hint(what) if stage == _ANSWERED else None
+    if stage >= _SENT:  # where TLS 1.3 tells of the handshake's last step, too
+        found = _search_hint(what) if stage == _ANSWERED or "certificate required" in what else None
         return found or "no whole answer%s: %s" % (" within request_timeout" if is_late else "", _TWICE)
     if is_late:
         return "nobody answers there: is the address right, does a firewall drop it, is request_timeout too short?"
@@ -5138,6 +5143,8 @@ class _Connection:
             self.sock.settimeout(_CLIENT_TIMEOUT)
             if self.listener.tls is not None:
                 self.sock = self.listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+                if self.listener.closed.is_set():  # and may have hung up on what had the socket before
+                    return
                 self.sock.do_handshake()  # here, where a slow one holds up nobody, and close() ends it
             while self._exchange():
                 self.idle_since = _CLOCK.now()
@@ -5290,7 +5297,7 @@ class _Listener:
         self.tls = tls  # an ssl.SSLContext
         self.bodies = _Bodies()
         self._connections: "set[_Connection]" = set()  # its steps are atomic
-        self._closed = threading.Event()
+        self.closed = threading.Event()
         self._pid = os.getpid()
         family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM)[0]
         self._sock = socket.socket(family, socket.SOCK_STREAM)
@@ -5311,7 +5318,7 @@ class _Listener:
         if self._pid != os.getpid():
             self._sock.close()
             return
-        self._closed.set()
+        self.closed.set()
         _hang_up(self._sock)  # wakes the thread; where it does not, that looks twice a second
         self._thread.join()
         self._sock.close()
@@ -5324,12 +5331,12 @@ class _Listener:
 
     def _accept(self) -> None:
         self._sock.settimeout(0.5)
-        while not self._closed.is_set():
+        while not self.closed.is_set():
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
                 if error.errno is not None:  # no descriptor left: some of those that are open will end; or closed
-                    self._closed.wait(0.05)
+                    self.closed.wait(0.05)
                 continue
             connection = _Connection(self, sock)
             self._connections.add(connection)

@@ -2615,9 +2615,29 @@ def test_a_message_about_a_connection_names_the_address_and_what_to_try(monkeypa
     (OSError("Tunnel connection failed: 403 Forbidden"), "no_proxy=HOST goes around the proxy"),
     (OSError("Tunnel connection failed: 407 Unknown"), "http://user:password@host:port"),
     (OSError(errno.ENETUNREACH, "Network is unreachable"), "is this machine connected"),
-    (ssl.SSLError(1, "certificate verify failed: certificate has expired"), "this machine's clock is wrong")])
+    (ssl.SSLError(1, "certificate verify failed: certificate has expired"), "this machine's clock is wrong"),
+    (ssl.SSLError(1, "certificate verify failed: unsuitable certificate purpose"), "have it made anew, for servers"),
+    (ssl.SSLError(1, "certificate verify failed: Basic Constraints of CA cert not marked critical"), "have it made anew")])
 def test_a_message_about_what_no_test_can_bring_about_says_what_to_try(error, said):
     assert said in analysys._failure(error).reason
+
+
+@table("is_old", [False, True])
+def test_a_server_that_wants_a_clients_certificate_is_named_as_one_and_has_nothing(is_old):
+    class Strict(Server):
+        def finish_request(self, request, client_address):
+            with request.dup() as kept:                # lest what is unread has the connection reset
+                try:
+                    super().finish_request(request, client_address)
+                finally:
+                    while kept.recv(9999):
+                        pass                           # until the client leaves
+    with Strict(certificate=CERTIFICATE) as server:
+        server.tls.verify_mode = ssl.CERT_REQUIRED
+        if is_old and sys.version_info >= (3, 7):      # TLS 1.3 tells when the request is sent
+            server.tls.maximum_version = ssl.TLSVersion.TLSv1_2
+        text = mishap(server.url, ssl_context=ca_context())
+        assert "does it want a client's certificate?" in text and "twice" not in text
 
 
 def test_an_https_address_whose_port_answers_in_plain_http_is_told_so():
@@ -8894,6 +8914,21 @@ def test_a_receiver_that_closes_hangs_up_in_the_middle_of_a_handshake():
             return [one for one in list(server._listener._connections) if isinstance(one.sock, ssl.SSLSocket)]
         wait_until(is_at_it)
         server.close()
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(1) == b""
+
+
+def test_a_receiver_that_closes_before_a_handshake_has_begun_hangs_up():
+    with site() as server, contextlib.ExitStack() as stack:
+        tls = server_context(CERTIFICATE)
+
+        class Closing:
+            def wrap_socket(self, *arguments, **options):
+                wrapped = tls.wrap_socket(*arguments, **options)
+                server.close()
+                return wrapped
+        server._listener.tls = Closing()
+        client = stack.enter_context(socket.create_connection(server._listener.address, 10))
         with contextlib.suppress(ConnectionError):
             assert client.recv(1) == b""
 
