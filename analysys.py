@@ -8441,10 +8441,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         for name in ("host", "log_path", "spool_path", "forward", "checkpoint", "ca"):
             if getattr(arguments, name, None) == "":
                 raise _illegal("--" + name.replace("_", "-"), "", "must not be empty: is a variable not set?")
-        fd = os.open(os.devnull, os.O_RDWR)
-        while fd <= 2:  # where 2>&- closed one of the three, no file and no connection of ours is to take its place
-            fd = os.open(os.devnull, os.O_RDWR)
-        os.close(fd)
+        _prepare_streams()
         return int(arguments.run(arguments))
     except AnalysysPythonSdkIllegalDataException as error:
         _print_error("analysys", error)
@@ -8457,6 +8454,17 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     finally:
         _restore(kept)
     return _NOT_DELIVERED
+
+
+def _prepare_streams() -> None:
+    """See to it that each of the three standard streams is there, and that who writes to one waits where it is full."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:  # where 2>&- closed one, no file and no connection of ours is to take its place
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    if fcntl is not None:
+        for output in 1, 2:  # a parent that runs an event loop may have left it so that a write fails instead
+            os.set_blocking(output, True)
 
 
 def _calm_ctrl_c() -> "Dict[int, Any]":

@@ -10568,6 +10568,17 @@ def test_closed_and_full_streams_end_nothing(tmp_path):
         assert [each.wait() for each in started] == [1] * 5 and sorted(server.names) == ["a"] * 5 + ["b"] * 5
 
 
+@posix_only
+def test_what_is_printed_is_whole_also_where_a_full_pipe_does_not_block(tmp_path):
+    log_file(tmp_path / "datas_1.log", *numbered("e", 9000))
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)                     # as a parent that runs an event loop may leave it
+    with shipper(tmp_path, "--dry-run", stdout=theirs) as started, open(ours, "rb") as shown:
+        wait_until(lambda: started.poll() is not None or not select.select([], [theirs], [], 0)[1])    # it is full
+        os.close(theirs)
+        assert shown.read().count(b"\n") == 9001 and started.wait() == 0
+
+
 def test_a_request_carries_lines_of_many_files_and_more_of_them_where_requests_take_long(tmp_path):
     for number in range(40):
         log_file(tmp_path / ("datas_%d.log" % number), *numbered("e%d_" % number, 50))
