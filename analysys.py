@@ -1457,6 +1457,7 @@ _HINTS = (
     ("certificate.verify", "for a private CA: ssl_context=ssl.create_default_context(cafile=FILE), or --ca FILE"),
     ("wrong.version|unknown.protocol|http.request|record.layer|too.long]", "does that port speak plain http?"),
     (r"BadStatusLine: .*\\x1[56]\\x03", "does that port speak https?"),
+    ("BadStatusLine", "that is no HTTP: is the port right?"),
     ("gaierror|UnicodeError|'idna'", "is the host's name right, and can this machine look up names?"),
     ("ConnectionRefused", "nobody listens there: is the server up, and the port right?"),
     ("Tunnel.* 407", _STATUS_HINTS[407]),
@@ -5335,17 +5336,24 @@ class _Listener:
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
-                if error.errno is not None:  # no descriptor left: some of those that are open will end; or closed
+                if error.errno in _NO_DESCRIPTORS:
+                    self._make_room()
+                if error.errno is not None:  # or closed
                     self.closed.wait(0.05)
                 continue
             connection = _Connection(self, sock)
             self._connections.add(connection)
             if len(self._connections) > _MAX_CONNECTIONS:
-                _hang_up(min(list(self._connections), key=lambda one: one.idle_since).sock)
+                self._make_room()
             try:
                 threading.Thread(target=connection.run, daemon=True).start()
             except RuntimeError:  # no thread can be started
                 self.forget(connection)
+
+    def _make_room(self) -> None:
+        """Hang up on the client that was without a request for longest."""
+        for connection in sorted(self._connections, key=lambda one: one.idle_since)[:1]:
+            _hang_up(connection.sock)
 
 
 def _hang_up(sock: "Any") -> None:
@@ -5924,7 +5932,8 @@ def _server_tls(files: "Optional[List[str]]") -> "Any":
     try:
         context.load_cert_chain(files[0], files[1], lambda: "")  # no password: nobody is asked for one
     except (OSError, ValueError) as error:
-        raise _illegal("--tls", " ".join(files), "must be a certificate and its key in PEM: %s" % error) from None
+        rule = "must be a certificate and its key in PEM, without a password: %s" % error
+        raise _illegal("--tls", " ".join(files), rule) from None
     return context
 
 
@@ -8231,7 +8240,7 @@ class _Doctor:
         transport._pool._ask = _shake_hands  # type: ignore[assignment, method-assign]
         try:
             found: "Any" = transport.post(b"", self._arguments.request_timeout, "HEAD")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # http.client has its own
             hint = _search_hint("%s: %s" % (type(error).__name__, error))
             return _Finding("FAIL", str(error), hint or "is this an https address? does something between break TLS?")
         version, shown = found
@@ -8355,7 +8364,11 @@ def _content_findings(path: str, is_spool: bool, deadline: float) -> "Iterator[_
             yield _Finding("WARN", "%s holds what the platform refused" % name, "read it: each line has the reason")
     if not is_spool and _is_locked(os.path.join(path, "upload.checkpoint.lock")):
         yield _Finding("OK", "an upload is at work")
-    waits, files, since = _waiting(path, is_spool, deadline)
+    try:
+        waits, files, since = _waiting(path, is_spool, deadline)
+    except (OSError, ValueError) as error:
+        yield _Finding("FAIL", "upload.checkpoint cannot be used: %s" % error, "upload --checkpoint FILE names another")
+        return
     if files:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
         text = "{:,} lines wait in {:,} files, since {} or before".format(waits, files, when)

@@ -2587,7 +2587,7 @@ def mishap(url, **options):
     (answer(300, b"", "Location: /new"), "a redirect to /new is not followed"),
     (answer(401, b""), "does it want credentials, as headers=?"), (answer(405, b""), "it takes no POST"),
     (answer(400, b"Client sent an HTTP request to an HTTPS server."), TO_HTTPS),
-    (b"\x15\x03\x01\x00\x02\x02F", TO_HTTPS),
+    (b"\x15\x03\x01\x00\x02\x02F", TO_HTTPS), (b"SSH-2.0-OpenSSH_9\r\n", "that is no HTTP: is the port right?"),
     (answer(200, b'{"code":400,"msg":"\\u202eabc"}'), "refused for good"), (answer(503, b"busy"), "HTTP 503, busy")])
 def test_a_message_about_an_answer_names_the_address_what_came_and_what_to_try(reply, said):
     with BreakingServer((10 ** 9, reply, closed)) as server:
@@ -8078,6 +8078,20 @@ def test_clients_that_never_end_their_heads_keep_nobody_out(monkeypatch):
             assert post(server.url, ONE) == (200, {"code": 200})
 
 
+@linux_only
+def test_clients_that_take_all_descriptors_keep_nobody_out():
+    command = ["sh", "-c", 'ulimit -n 40; exec "$0" "$1" serve --port 0', sys.executable, SOURCE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as started, contextlib.ExitStack() as stack:
+        try:
+            url = started.stdout.readline().decode().split()[-1]
+            assert post(url, ONE) == (200, {"code": 200})      # whose modules are loaded now
+            for _ in range(60):
+                stack.enter_context(dial(url))
+            assert post(url, ONE) == (200, {"code": 200})
+        finally:
+            started.terminate()
+
+
 def test_beyond_the_bytes_held_at_once_bodies_wait_unread_but_for_the_oldest(monkeypatch):
     assert analysys._MAX_HELD == 64 << 20              # in earnest
     monkeypatch.setattr(analysys, "_MAX_HELD", 100000)
@@ -9228,6 +9242,8 @@ def test_check_counts_what_waits_in_the_directories_and_makes_nothing(tmp_path):
     (lambda path: path.mkdir() or (path / "rejected.log").symlink_to("elsewhere"), "FAIL"),
     (lambda path: path.mkdir() or (path / "upload.checkpoint").symlink_to("elsewhere"), "FAIL"),
     (lambda path: path.mkdir() or (path / "a").write_text("a") and os.link(str(path / "a"), str(path / "rejected.log")), "FAIL"),
+    (lambda path: path.mkdir() or (path / "upload.checkpoint").write_text("x\n"), "FAIL"),
+    (lambda path: path.mkdir() or (path / "upload.checkpoint").mkdir(), "FAIL"),
     (lambda path: path.mkdir() or os.mkfifo(str(path / "datas_2018072510.log")), "FAIL")])
 def test_check_finds_what_is_in_the_way_in_a_directory(make, state, tmp_path):
     path = tmp_path / "logs"
