@@ -6818,14 +6818,15 @@ class _Text:
     is_packed = False
     is_paused = False  # whether there is no more only for now
 
-    def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
+    def __init__(self, path: str, raw: "Any", unpack: "Callable[[], Any]", check: "Callable[[], None]") -> None:
         self.path = path
         self.offset = 0  # of the next block
         self.before = b""  # up to _HASHED bytes before that
         found = os.fstat(raw.fileno())
         self.identity, self.owner = _identity(found), found.st_uid
         self._raw = raw
-        self._file = file  # what unpacks it, or the same
+        self._unpack = unpack  # makes
+        self._file = unpack()  # what unpacks it, or the same
         self.check = check  # raises where reading is to end
         self.head = self._read_head()  # up to _HASHED bytes at the beginning
 
@@ -6887,8 +6888,12 @@ class _Text:
                 head += data
         except Exception:  # it will come again where the lines are read
             pass
-        self._file.seek(0)
+        self._rewind()
         return head
+
+    def _rewind(self) -> None:
+        self._raw.seek(0)
+        self._file = self._unpack()  # anew: where gzip could read nothing, its seek(0) stays behind that
 
 
 class _PackedText(_Text):
@@ -6898,7 +6903,7 @@ class _PackedText(_Text):
 
     def go(self, offset: int) -> bool:
         if offset < self.offset:
-            self._file.seek(0)
+            self._rewind()
             self.offset, self.before = 0, b""
         data = b"-"
         while data and self.offset < offset:
@@ -6914,9 +6919,9 @@ class _PackedText(_Text):
 class _StreamText(_Text):
     """The text on standard input, which comes when it comes and is there once: what may be asked for again is kept."""
 
-    def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
-        super().__init__(path, raw, file, check)
-        self.is_packed = not isinstance(file, _Input)
+    def __init__(self, path: str, raw: "Any", unpack: "Callable[[], Any]", check: "Callable[[], None]") -> None:
+        super().__init__(path, raw, unpack, check)
+        self.is_packed = not isinstance(self._file, _Input)
         self._ahead = b""  # what is to come again
 
     def go(self, offset: int) -> bool:
@@ -6985,7 +6990,7 @@ def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text"
         stream = _Input(raw, check)
         head = stream.look(_Input.WHOLE)
         _check_form(head)
-        return _StreamText(path, raw, _unpacking(head, stream), check)
+        return _StreamText(path, raw, functools.partial(_unpacking, head, stream), check)
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     raw = io.open(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     if raw is None:
@@ -6994,8 +6999,8 @@ def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text"
     try:
         head = raw.read(_HASHED)
         raw.seek(0)
-        file = _unpacking(head, raw)
-        text = (_Text if file is raw else _PackedText)(path, raw, file, check)
+        unpack = functools.partial(_unpacking, head, raw)
+        text = (_Text if unpack() is raw else _PackedText)(path, raw, unpack, check)
         _check_form(text.head)
         return text
     except BaseException:
@@ -7030,11 +7035,6 @@ class _Unpacked:
         self._raw = raw
         self._next_stream = stream
         self._stream: "Any" = None
-
-    def seek(self, offset: int) -> None:
-        """Go to the beginning."""
-        self._raw.seek(offset)
-        self._stream = None
 
     def read1(self, size: int) -> bytes:
         """Return up to *size* bytes, none at the end."""

@@ -10533,6 +10533,17 @@ def test_what_stands_behind_a_packed_stream_is_delivered_or_named(tmp_path, pack
         assert sorted(path.name for path in tmp_path.glob("datas*")) == ["datas_2.log", "datas_3.log", "datas_9.log"]
 
 
+@pytest.mark.parametrize("packing", ["gzip", "bz2", "lzma"])
+def test_a_packed_file_that_is_cut_before_anything_can_be_unpacked_is_named_and_stays(tmp_path, packing):
+    data = __import__(packing).compress(lines_of("a").encode())
+    for length in range(7, 13):
+        (tmp_path / ("datas_%d.log.1" % length)).write_bytes(data[:length])
+    log_file(tmp_path / "datas_99.log", "z")
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url, "--delete")
+        assert (shipped.status, server.names, len(list(tmp_path.glob("datas_*.1")))) == (2, ["z"], 6)
+
+
 def test_what_is_wrong_is_said_clearly_and_holds_up_no_other_file(tmp_path):
     log_file(tmp_path / "datas_1.log", "a")
     (tmp_path / "datas_2.log").write_bytes(b"\x28\xb5\x2f\xfd....")
