@@ -1449,9 +1449,15 @@ def _answer_hint(answer: "_Answer", text: bytes, code: "Optional[int]") -> "Opti
 _HINTS = (
     ("hostname|address mismatch|doesn't match", "the certificate is for another host: is the address right?"),
     ("has expired|not yet valid", "the certificate is out of date, or this machine's clock is wrong"),
+    (
+        "certificate purpose|not marked critical|key usage|key identifier|too weak|too small",
+        "the certificate, or its CA's, breaks a rule of TLS: have it made anew, for servers",
+    ),
+    ("certificate.required|handshake.failure", "does it want a client's certificate? ssl_context= can have one"),
     ("certificate.verify", "for a private CA: ssl_context=ssl.create_default_context(cafile=FILE), or --ca FILE"),
     ("wrong.version|unknown.protocol|http.request|record.layer|too.long]", "does that port speak plain http?"),
     (r"BadStatusLine: .*\\x1[56]\\x03", "does that port speak https?"),
+    ("BadStatusLine", "that is no HTTP: is the port right?"),
     ("gaierror|UnicodeError|'idna'", "is the host's name right, and can this machine look up names?"),
     ("ConnectionRefused", "nobody listens there: is the server up, and the port right?"),
     ("Tunnel.* 407", _STATUS_HINTS[407]),
@@ -1466,8 +1472,8 @@ def _search_hint(what: str) -> "Optional[str]":
 
 def _hint(what: str, stage: int) -> "Optional[str]":
     is_late = re.search("time", what)
-    if stage >= _SENT:
-        found = _search_hint(what) if stage == _ANSWERED else None
+    if stage >= _SENT:  # where TLS 1.3 tells of the handshake's last step, too
+        found = _search_hint(what) if stage == _ANSWERED or "certificate required" in what else None
         return found or "no whole answer%s: %s" % (" within request_timeout" if is_late else "", _TWICE)
     if is_late:
         return "nobody answers there: is the address right, does a firewall drop it, is request_timeout too short?"
@@ -5193,6 +5199,8 @@ class _Connection:
             self.sock.settimeout(_CLIENT_TIMEOUT)
             if self._listener.tls is not None:
                 self.sock = self._listener.tls.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+                if self._listener.closed.is_set():  # and may have hung up on what had the socket before
+                    return
                 self.sock.do_handshake()  # here, where a slow one holds up nobody, and close() ends it
             while self._exchange():
                 self.idle_since = _CLOCK.now()
@@ -5345,7 +5353,7 @@ class _Listener:
         self.tls = tls  # an ssl.SSLContext
         self.bodies = _Bodies()
         self._connections: "set[_Connection]" = set()  # its steps are atomic
-        self._closed = threading.Event()
+        self.closed = threading.Event()
         self._pid = os.getpid()
         family, _, _, _, address = socket.getaddrinfo(host or "0.0.0.0", port, 0, socket.SOCK_STREAM)[0]
         self._sock = socket.socket(family, socket.SOCK_STREAM)
@@ -5366,7 +5374,7 @@ class _Listener:
         if self._pid != os.getpid():
             self._sock.close()
             return
-        self._closed.set()
+        self.closed.set()
         _hang_up(self._sock)  # wakes the thread; where it does not, that looks twice a second
         self._thread.join()
         self._sock.close()
@@ -5379,21 +5387,28 @@ class _Listener:
 
     def _accept(self) -> None:
         self._sock.settimeout(0.5)
-        while not self._closed.is_set():
+        while not self.closed.is_set():
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
-                if error.errno is not None:  # no descriptor left: some of those that are open will end; or closed
-                    self._closed.wait(0.05)
+                if error.errno in _NO_DESCRIPTORS:
+                    self._make_room()
+                if error.errno is not None:  # or closed
+                    self.closed.wait(0.05)
                 continue
             connection = _Connection(self, sock)
             self._connections.add(connection)
             if len(self._connections) > _MAX_CONNECTIONS:
-                _hang_up(min(list(self._connections), key=lambda one: one.idle_since).sock)
+                self._make_room()
             try:
                 threading.Thread(target=connection.run, daemon=True).start()
             except RuntimeError:  # no thread can be started
                 self.forget(connection)
+
+    def _make_room(self) -> None:
+        """Hang up on the client that was without a request for longest."""
+        for connection in sorted(self._connections, key=lambda one: one.idle_since)[:1]:
+            _hang_up(connection.sock)
 
 
 def _hang_up(sock: "Any") -> None:
@@ -5972,7 +5987,8 @@ def _server_tls(files: "Optional[List[str]]") -> "Any":
     try:
         context.load_cert_chain(files[0], files[1], lambda: "")  # no password: nobody is asked for one
     except (OSError, ValueError) as error:
-        raise _illegal("--tls", " ".join(files), "must be a certificate and its key in PEM: %s" % error) from None
+        rule = "must be a certificate and its key in PEM, without a password: %s" % error
+        raise _illegal("--tls", " ".join(files), rule) from None
     return context
 
 
@@ -6857,14 +6873,15 @@ class _Text:
     is_packed = False
     is_paused = False  # whether there is no more only for now
 
-    def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
+    def __init__(self, path: str, raw: "Any", unpack: "Callable[[], Any]", check: "Callable[[], None]") -> None:
         self.path = path
         self.offset = 0  # of the next block
         self.before = b""  # up to _HASHED bytes before that
         found = os.fstat(raw.fileno())
         self.identity, self.owner = _identity(found), found.st_uid
         self._raw = raw
-        self._file = file  # what unpacks it, or the same
+        self._unpack = unpack  # makes
+        self._file = unpack()  # what unpacks it, or the same
         self.check = check  # raises where reading is to end
         self.head = self._read_head()  # up to _HASHED bytes at the beginning
 
@@ -6919,15 +6936,19 @@ class _Text:
         self.before = (self.before + data if len(data) < _HASHED else data)[-_HASHED:]
 
     def _read_head(self) -> bytes:
-        head, data, read = b"", b"-", getattr(self._file, "read1", self._file.read)
+        head, data, read = b"", b"-", self._file.read1 if self.is_packed else self._file.read
         try:
             while data:
                 data = read(_HASHED - len(head))
                 head += data
         except Exception:  # it will come again where the lines are read
             pass
-        self._file.seek(0)
+        self._rewind()
         return head
+
+    def _rewind(self) -> None:
+        self._raw.seek(0)
+        self._file = self._unpack()  # anew: where gzip could read nothing, its seek(0) stays behind that
 
 
 class _PackedText(_Text):
@@ -6937,7 +6958,7 @@ class _PackedText(_Text):
 
     def go(self, offset: int) -> bool:
         if offset < self.offset:
-            self._file.seek(0)
+            self._rewind()
             self.offset, self.before = 0, b""
         data = b"-"
         while data and self.offset < offset:
@@ -6953,9 +6974,9 @@ class _PackedText(_Text):
 class _StreamText(_Text):
     """The text on standard input, which comes when it comes and is there once: what may be asked for again is kept."""
 
-    def __init__(self, path: str, raw: "Any", file: "Any", check: "Callable[[], None]") -> None:
-        super().__init__(path, raw, file, check)
-        self.is_packed = not isinstance(file, _Input)
+    def __init__(self, path: str, raw: "Any", unpack: "Callable[[], Any]", check: "Callable[[], None]") -> None:
+        super().__init__(path, raw, unpack, check)
+        self.is_packed = not isinstance(self._file, _Input)
         self._ahead = b""  # what is to come again
 
     def go(self, offset: int) -> bool:
@@ -7024,7 +7045,7 @@ def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text"
         stream = _Input(raw, check)
         head = stream.look(_Input.WHOLE)
         _check_form(head)
-        return _StreamText(path, raw, _unpacking(head, stream), check)
+        return _StreamText(path, raw, functools.partial(_unpacking, head, stream), check)
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     raw = io.open(fd, "rb", buffering=0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     if raw is None:
@@ -7033,8 +7054,8 @@ def _open_text(path: str, check: "Callable[[], None]" = lambda: None) -> "_Text"
     try:
         head = raw.read(_HASHED)
         raw.seek(0)
-        file = _unpacking(head, raw)
-        text = (_Text if file is raw else _PackedText)(path, raw, file, check)
+        unpack = functools.partial(_unpacking, head, raw)
+        text = (_Text if unpack() is raw else _PackedText)(path, raw, unpack, check)
         _check_form(text.head)
         return text
     except BaseException:
@@ -7051,23 +7072,67 @@ def _unpacking(head: bytes, raw: "Any") -> "Any":
     if head.startswith(b"BZh"):
         import bz2
 
-        return bz2.BZ2File(raw)
+        return _Unpacked(raw, bz2.BZ2Decompressor)
     if head.startswith(b"\xfd7zXZ\0"):
         import lzma
 
-        try:
-            lzma.LZMADecompressor(memlimit=_MAX_UNPACKING).decompress(head, 1)
-        except lzma.LZMAError as error:
-            raise OSError("%s (at most %d bytes of memory; xz -d unpacks it)" % (error, _MAX_UNPACKING)) from None
-        return lzma.LZMAFile(raw)
+        return _Unpacked(raw, functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, _MAX_UNPACKING))
     return raw
 
 
+class _Unpacked:
+    """What a file holds that bzip2 or xz packed: streams, each of which *stream()* makes what unpacks it.
+
+    The library's own readers take what they do not know behind a stream, or zeros between two, for the end of all.
+    """
+
+    def __init__(self, raw: "Any", stream: "Callable[[], Any]") -> None:
+        self._raw = raw
+        self._next_stream = stream
+        self._stream: "Any" = None
+
+    def read1(self, size: int) -> bytes:
+        """Return up to *size* bytes, none at the end."""
+        data = b""
+        while size and not data:
+            packed = b""
+            if self._stream is None or self._stream.eof:
+                packed = self._next_begins()
+                if not packed:
+                    return b""
+                self._stream = self._next_stream()
+            elif self._stream.needs_input:
+                packed = self._raw.read(_CHUNK)
+                if not packed:
+                    raise EOFError("it ends before what was packed does")
+            try:
+                data = self._stream.decompress(packed, size)
+            except Exception as error:  # lzma has its own
+                advice = " (at most %d bytes of memory; xz -d unpacks it)" % _MAX_UNPACKING
+                raise OSError("%s%s" % (error, advice if "limit" in str(error) else "")) from None
+        return data
+
+    def _next_begins(self) -> bytes:
+        """Return the first bytes of the next stream, behind zeros, which xz may have there; none at the end."""
+        packed: bytes = self._stream.unused_data if self._stream is not None else b""
+        while not packed.lstrip(b"\0"):
+            packed = self._raw.read(_CHUNK)
+            if not packed:
+                return b""
+        return packed.lstrip(b"\0")
+
+    def close(self) -> None:
+        self._raw.close()
+
+
 _OTHER_FORMS = (
-    ((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"'), "UTF-16", "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    ((b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"{\0\0\0", b"\0\0\0{"), "UTF-32", "convert it (iconv -f UTF-32 -t UTF-8)"),
+    ((b"\xff\xfe", b"\xfe\xff", b"{\0", b'\0{\0"'), "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
     (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it (zstd -d)"),
     (b"\x04\x22\x4d\x18", "packed by lz4", "unpack it (lz4 -d)"),
     (b"\x1f\x9d", "packed by compress", "unpack it (uncompress)"),
+    (b"\x5d\0\0", "packed by lzma", "unpack it (xz -d)"),
+    (b"LZIP", "packed by lzip", "unpack it (lzip -d)"),
     (b"PK\3\4", "a zip archive", "unpack it (unzip)"),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it (7z x)"),
     (b"ustar", "a tar archive", "unpack it (tar -x)"),
@@ -7109,18 +7174,20 @@ class _Log(_Source):
         self.name = self.entry["name"] = os.path.basename(text.path)
 
     def open(self, offset: int) -> "Callable[[int], bytes]":
-        if not self.text.go(offset):
-            raise _Changed("it was changed while it was read")
-        return self._read
+        def read(size: int) -> bytes:  # of several at a time, each from where it was
+            nonlocal offset
+            if self.text.offset != offset and not self.text.go(offset):
+                raise _Changed("it was changed while it was read")
+            data = self.text.read(size, self.ranges[0][0])
+            if not self.number and not self.flight and _is_rejection(data):
+                raise OSError('these are lines of a rejected.log; what was rejected is the member "record" of each')
+            offset = self.text.offset
+            return data
+
+        return read
 
     def is_final(self, text: bytes) -> bool:
         return not self.text.is_paused
-
-    def _read(self, size: int) -> bytes:
-        data = self.text.read(size, self.ranges[0][0])
-        if not self.number and not self.flight and _is_rejection(data):
-            raise OSError('these are lines of a rejected.log; what was rejected is the member "record" of each')
-        return data
 
     def settle(self, line: "_Line") -> None:
         """As a source does, but where the last line is broken the place stays before it: it may be ended."""
@@ -8232,7 +8299,7 @@ class _Doctor:
         transport._pool._ask = _shake_hands  # type: ignore[assignment, method-assign]
         try:
             found: "Any" = transport.post(b"", self._arguments.request_timeout, "HEAD")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # http.client has its own
             hint = _search_hint("%s: %s" % (type(error).__name__, error))
             return _Finding("FAIL", str(error), hint or "is this an https address? does something between break TLS?")
         version, shown = found
@@ -8347,9 +8414,13 @@ def _log_findings(path: str, deadline: float) -> "Iterator[_Finding]":
     checkpoint, there = _Checkpoint(None), os.path.join(path, "upload.checkpoint")
     if _is_locked(there + ".lock"):
         yield _Finding("OK", "an upload is at work")
-    if os.path.exists(there):
-        with io.open(there, "rb") as notes:
-            checkpoint._load(notes.read())
+    try:
+        if os.path.exists(there):
+            with io.open(there, "rb") as notes:
+                checkpoint._load(notes.read())
+    except (OSError, ValueError) as error:
+        yield _Finding("FAIL", "upload.checkpoint cannot be used: %s" % error, "upload --checkpoint FILE names another")
+        return
 
     def go_on(text: "_Text") -> None:
         if not any(text.fits(entry) for entry in checkpoint.known(os.path.basename(text.path), text.head)):
@@ -8466,10 +8537,7 @@ def main(argv: "Optional[List[str]]" = None) -> int:
         for name in ("host", "log_path", "spool_path", "forward", "checkpoint", "ca"):
             if getattr(arguments, name, None) == "":
                 raise _illegal("--" + name.replace("_", "-"), "", "must not be empty: is a variable not set?")
-        fd = os.open(os.devnull, os.O_RDWR)
-        while fd <= 2:  # where 2>&- closed one of the three, no file and no connection of ours is to take its place
-            fd = os.open(os.devnull, os.O_RDWR)
-        os.close(fd)
+        _prepare_streams()
         return int(arguments.run(arguments))
     except AnalysysPythonSdkIllegalDataException as error:
         _print_error("analysys", error)
@@ -8482,6 +8550,17 @@ def main(argv: "Optional[List[str]]" = None) -> int:
     finally:
         _restore(kept)
     return _NOT_DELIVERED
+
+
+def _prepare_streams() -> None:
+    """See to it that each of the three standard streams is there, and that who writes to one waits where it is full."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:  # where 2>&- closed one, no file and no connection of ours is to take its place
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+    if fcntl is not None:
+        for output in 1, 2:  # a parent that runs an event loop may have left it so that a write fails instead
+            os.set_blocking(output, True)
 
 
 def _calm_ctrl_c() -> "Dict[int, Any]":

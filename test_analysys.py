@@ -2628,7 +2628,7 @@ def mishap(url, **options):
     (answer(300, b"", "Location: /new"), "a redirect to /new is not followed"),
     (answer(401, b""), "does it want credentials, as headers=?"), (answer(405, b""), "it takes no POST"),
     (answer(400, b"Client sent an HTTP request to an HTTPS server."), TO_HTTPS),
-    (b"\x15\x03\x01\x00\x02\x02F", TO_HTTPS),
+    (b"\x15\x03\x01\x00\x02\x02F", TO_HTTPS), (b"SSH-2.0-OpenSSH_9\r\n", "that is no HTTP: is the port right?"),
     (answer(200, b'{"code":400,"msg":"\\u202eabc"}'), "refused for good"), (answer(503, b"busy"), "HTTP 503, busy")])
 def test_a_message_about_an_answer_names_the_address_what_came_and_what_to_try(reply, said):
     with BreakingServer((10 ** 9, reply, closed)) as server:
@@ -2656,9 +2656,29 @@ def test_a_message_about_a_connection_names_the_address_and_what_to_try(monkeypa
     (OSError("Tunnel connection failed: 403 Forbidden"), "no_proxy=HOST goes around the proxy"),
     (OSError("Tunnel connection failed: 407 Unknown"), "http://user:password@host:port"),
     (OSError(errno.ENETUNREACH, "Network is unreachable"), "is this machine connected"),
-    (ssl.SSLError(1, "certificate verify failed: certificate has expired"), "this machine's clock is wrong")])
+    (ssl.SSLError(1, "certificate verify failed: certificate has expired"), "this machine's clock is wrong"),
+    (ssl.SSLError(1, "certificate verify failed: unsuitable certificate purpose"), "have it made anew, for servers"),
+    (ssl.SSLError(1, "certificate verify failed: Basic Constraints of CA cert not marked critical"), "have it made anew")])
 def test_a_message_about_what_no_test_can_bring_about_says_what_to_try(error, said):
     assert said in analysys._failure(error).reason
+
+
+@table("is_old", [False, True])
+def test_a_server_that_wants_a_clients_certificate_is_named_as_one_and_has_nothing(is_old):
+    class Strict(Server):
+        def finish_request(self, request, client_address):
+            with request.dup() as kept:                # lest what is unread has the connection reset
+                try:
+                    super().finish_request(request, client_address)
+                finally:
+                    while kept.recv(9999):
+                        pass                           # until the client leaves
+    with Strict(certificate=CERTIFICATE) as server:
+        server.tls.verify_mode = ssl.CERT_REQUIRED
+        if is_old and sys.version_info >= (3, 7):      # TLS 1.3 tells when the request is sent
+            server.tls.maximum_version = ssl.TLSVersion.TLSv1_2
+        text = mishap(server.url, ssl_context=ca_context())
+        assert "does it want a client's certificate?" in text and "twice" not in text
 
 
 def test_an_https_address_whose_port_answers_in_plain_http_is_told_so():
@@ -8260,6 +8280,20 @@ def test_clients_that_never_end_their_heads_keep_nobody_out(monkeypatch):
             assert post(server.url, ONE) == (200, {"code": 200})
 
 
+@linux_only
+def test_clients_that_take_all_descriptors_keep_nobody_out():
+    command = ["sh", "-c", 'ulimit -n 40; exec "$0" "$1" serve --port 0', sys.executable, SOURCE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as started, contextlib.ExitStack() as stack:
+        try:
+            url = started.stdout.readline().decode().split()[-1]
+            assert post(url, ONE) == (200, {"code": 200})      # whose modules are loaded now
+            for _ in range(60):
+                stack.enter_context(dial(url))
+            assert post(url, ONE) == (200, {"code": 200})
+        finally:
+            started.terminate()
+
+
 def test_beyond_the_bytes_held_at_once_bodies_wait_unread_but_for_the_oldest(monkeypatch):
     assert analysys._MAX_HELD == 64 << 20              # in earnest
     monkeypatch.setattr(analysys, "_MAX_HELD", 100000)
@@ -9100,6 +9134,21 @@ def test_a_receiver_that_closes_hangs_up_in_the_middle_of_a_handshake():
             assert client.recv(1) == b""
 
 
+def test_a_receiver_that_closes_before_a_handshake_has_begun_hangs_up():
+    with site() as server, contextlib.ExitStack() as stack:
+        tls = server_context(CERTIFICATE)
+
+        class Closing:
+            def wrap_socket(self, *arguments, **options):
+                wrapped = tls.wrap_socket(*arguments, **options)
+                server.close()
+                return wrapped
+        server._listener.tls = Closing()
+        client = stack.enter_context(socket.create_connection(server._listener.address, 10))
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(1) == b""
+
+
 @linux_only
 def test_five_hundred_connections_take_less_than_150_mb():
     with serving() as server, contextlib.ExitStack() as stack:
@@ -9415,6 +9464,8 @@ def test_check_counts_what_waits_in_the_directories_and_makes_nothing(tmp_path):
     (lambda path: path.mkdir() or (path / "rejected.log").symlink_to("elsewhere"), "FAIL"),
     (lambda path: path.mkdir() or (path / "upload.checkpoint").symlink_to("elsewhere"), "FAIL"),
     (lambda path: path.mkdir() or (path / "a").write_text("a") and os.link(str(path / "a"), str(path / "rejected.log")), "FAIL"),
+    (lambda path: path.mkdir() or (path / "upload.checkpoint").write_text("x\n"), "FAIL"),
+    (lambda path: path.mkdir() or (path / "upload.checkpoint").mkdir(), "FAIL"),
     (lambda path: path.mkdir() or os.mkfifo(str(path / "datas_2018072510.log")), "FAIL")])
 def test_check_finds_what_is_in_the_way_in_a_directory(make, state, tmp_path):
     path = tmp_path / "logs"
@@ -9863,11 +9914,13 @@ def test_a_checkpoint_is_fsynced_once_a_second(tmp_path, monkeypatch):
 
 def test_xz_that_takes_much_memory_to_unpack_is_named(tmp_path):
     import lzma
-    (tmp_path / "datas_1.log.xz").write_bytes(lzma.compress(lines_of("a").encode(), preset=9))
+    large = lzma.compress(lines_of("b").encode(), preset=9)
+    for number, data in enumerate([large, lzma.compress(lines_of("a").encode()) + large]):
+        (tmp_path / ("datas_%d.log.xz" % number)).write_bytes(data)
     log_file(tmp_path / "datas_9.log", "z")
     with FaultyServer() as server:
         shipped = ship(tmp_path, "--server", server.url)
-        assert (shipped.status, server.names) == (2, ["z"]) and "xz -d unpacks it" in shipped.err
+        assert (shipped.status, server.names) == (2, ["a", "z"]) and shipped.err.count("xz -d unpacks it") == 3
 
 
 @table("key, value", [
@@ -10518,6 +10571,15 @@ def test_a_line_longer_than_any_record_is_damaged_and_the_lines_after_it_are_del
         assert server.names == ["a", "b"]
 
 
+def test_a_record_of_more_than_4_mib_and_the_lines_after_it_are_delivered_once(tmp_path):
+    (tmp_path / "datas_2018072510.log").write_text(
+        lines_of("a") + lines_of("large", filler="x" * (5 << 20)) + lines_of(*numbered("e", 900)))
+    with FaultyServer() as server:
+        assert ship(tmp_path, "--server", server.url) == (0, "delivered 902, rejected 0, remaining 0\n", "")
+        assert ship(tmp_path, "--server", server.url).out == NOTHING_NEW % 902
+        assert server.names == ["a", "large"] + numbered("e", 900)
+
+
 @posix_only
 def test_a_terminal_gets_a_progress_line_and_a_file_does_not(tmp_path):
     log_file(tmp_path / "datas_2018072510.log", *numbered("e", 20))
@@ -10715,6 +10777,31 @@ def test_marks_blanks_endings_and_packings_are_no_damage_whatever_the_names(tmp_
             assert server.names == ["a", "b", "c"], name
 
 
+@pytest.mark.parametrize("packing", ["gzip", "bz2", "lzma"])
+def test_what_stands_behind_a_packed_stream_is_delivered_or_named(tmp_path, packing):
+    pack, zeros = __import__(packing).compress, b"" if packing == "bz2" else bytes(512)
+    for number, behind in enumerate([lambda b: b, lambda b: zeros + b + zeros, lambda b: b"?" + b, lambda b: b[:-5]]):
+        a, b = (pack(lines_of(name + str(number), filler="x" * 9000).encode()) for name in "ab")
+        (tmp_path / ("datas_%d.log" % number)).write_bytes(a + behind(b))
+    log_file(tmp_path / "datas_9.log", "z")
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url, "--delete")
+        assert (shipped.status, shipped.err.count("cannot read")) == (2, 3)
+        assert [name for name in server.names if name != "b3"] == ["a0", "b0", "a1", "b1", "a2", "a3", "z"]
+        assert sorted(path.name for path in tmp_path.glob("datas*")) == ["datas_2.log", "datas_3.log", "datas_9.log"]
+
+
+@pytest.mark.parametrize("packing", ["gzip", "bz2", "lzma"])
+def test_a_packed_file_that_is_cut_before_anything_can_be_unpacked_is_named_and_stays(tmp_path, packing):
+    data = __import__(packing).compress(lines_of("a").encode())
+    for length in range(7, 13):
+        (tmp_path / ("datas_%d.log.1" % length)).write_bytes(data[:length])
+    log_file(tmp_path / "datas_99.log", "z")
+    with FaultyServer() as server:
+        shipped = ship(tmp_path, "--server", server.url, "--delete")
+        assert (shipped.status, server.names, len(list(tmp_path.glob("datas_*.1")))) == (2, ["z"], 6)
+
+
 def test_what_is_wrong_is_said_clearly_and_holds_up_no_other_file(tmp_path):
     log_file(tmp_path / "datas_1.log", "a")
     (tmp_path / "datas_2.log").write_bytes(b"\x28\xb5\x2f\xfd....")
@@ -10739,7 +10826,8 @@ def test_what_is_wrong_is_said_clearly_and_holds_up_no_other_file(tmp_path):
 @table("word, data", [
     ("a zip archive", b"PK\3\4" + lines_of("a").encode()), ("a 7z archive", b"7z\xbc\xaf...."),
     ("packed by lz4", b"\x04\x22\x4d\x18...."), ("packed by compress", b"\x1f\x9d...."), ("UTF-16", lines_of("a").encode("utf-16-le")),
-    ("a tar archive", b"datas_1.log".ljust(257, b"\0") + b"ustar\n" + lines_of("a").encode())])
+    ("packed by lzma", b"\x5d\0\0\x80...."), ("packed by lzip", b"LZIP\1...."),
+    ("UTF-32", lines_of("a").encode("utf-32-be")), ("UTF-32", lines_of("a").encode("utf-32")), ("a tar archive", b"datas_1.log".ljust(257, b"\0") + b"ustar\n" + lines_of("a").encode())])
 def test_what_has_to_be_unpacked_or_converted_first_is_named_and_neither_rejected_nor_removed(tmp_path, word, data):
     for number, packed in enumerate((data, gzip.compress(data))):
         (tmp_path / ("datas_%d.log.x" % number)).write_bytes(packed)
@@ -10763,6 +10851,17 @@ def test_closed_and_full_streams_end_nothing(tmp_path):
             started.append(stack.enter_context(subprocess.Popen(
                 ["sh", "-c", command, sys.executable], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)))
         assert [each.wait() for each in started] == [1] * 5 and sorted(server.names) == ["a"] * 5 + ["b"] * 5
+
+
+@posix_only
+def test_what_is_printed_is_whole_also_where_a_full_pipe_does_not_block(tmp_path):
+    log_file(tmp_path / "datas_1.log", *numbered("e", 9000))
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)                     # as a parent that runs an event loop may leave it
+    with shipper(tmp_path, "--dry-run", stdout=theirs) as started, open(ours, "rb") as shown:
+        wait_until(lambda: started.poll() is not None or not select.select([], [theirs], [], 0)[1])    # it is full
+        os.close(theirs)
+        assert shown.read().count(b"\n") == 9001 and started.wait() == 0
 
 
 def test_a_request_carries_lines_of_many_files_and_more_of_them_where_requests_take_long(tmp_path):
