@@ -4287,18 +4287,21 @@ class _Worker:
 
     def _run(self) -> None:
         me = threading.current_thread()
-        if self._thread is None:  # what interrupted start() took us for one that had not begun
-            self._thread = me
-        if self._thread is not me:  # and meanwhile there is another
-            return
         try:
             self._changed.threshold = sys.maxsize
-            while not self._is_finished():
+            while True:
+                if self._thread is None:  # what interrupted start() took us for one that had not begun
+                    self._thread = me
+                if self._thread is not me:  # and meanwhile there is another
+                    return
+                if self._is_finished():
+                    break
                 if not self._step():
                     self._sleep()
             self._end()
         finally:
-            self._thread = None
+            if self._thread is me:
+                self._thread = None
         # A __del__ may have put a line after our last look, and it woke a thread that was about to end. It looked at
         # `_thread` after its put, we look at the queue after `_thread`: at least one of us sees the other.
         if self._phase == _DROPPED and not self._is_finished():

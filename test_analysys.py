@@ -6376,16 +6376,21 @@ def test_wherever_a_small_record_or_an_exception_comes_into_the_put_of_a_large_o
         assert queue.put(b"x" * 40000)
 
 
-@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("begins", ["before", "after", "as it is looked at"])
 @pytest.mark.parametrize("kind, name", [(BatchCollecter, "analysys-sender"), (DefaultCollecter, "analysys-sweeper")])
-def test_a_start_of_a_thread_that_is_interrupted_leaves_one_such_thread(monkeypatch, kind, name, is_late):
+def test_a_start_of_a_thread_that_is_interrupted_leaves_one_such_thread(monkeypatch, kind, name, begins):
     def start(thread, begin=threading.Thread.start):
         if thread.name != name:
             return begin(thread)
-        if is_late:
+        def not_yet():
+            del thread.is_alive
+            return False
+        if begins == "after":
             _thread.start_new_thread(begin, (thread,))
         else:
             begin(thread)
+        if begins == "as it is looked at":
+            thread.is_alive = not_yet
         raise Interrupt
 
     def ours():                                        # but those that other tests left
