@@ -1457,7 +1457,7 @@ _HINTS = (
     ("certificate.verify", "for a private CA: ssl_context=ssl.create_default_context(cafile=FILE), or --ca FILE"),
     ("wrong.version|unknown.protocol|http.request|record.layer|too.long]", "does that port speak plain http?"),
     (r"BadStatusLine: .*\\x1[56]\\x03", "does that port speak https?"),
-    ("BadStatusLine", "that is no HTTP: is the port right?"),
+    ("BadStatusLine: [^H]", "that is no HTTP: is the port right?"),  # else an answer that was cut: HTT
     ("gaierror|UnicodeError|'idna'", "is the host's name right, and can this machine look up names?"),
     ("ConnectionRefused", "nobody listens there: is the server up, and the port right?"),
     ("Tunnel.* 407", _STATUS_HINTS[407]),
