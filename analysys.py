@@ -5409,9 +5409,10 @@ class _Listener:
                 self.forget(connection)
 
     def _make_room(self) -> None:
-        """Hang up on the client that was without a request for longest."""
-        for connection in sorted(self._connections, key=lambda one: one.idle_since)[:1]:
-            _hang_up(connection.sock)
+        """Hang up on the client that is without a request for longest, if any is."""
+        idle = [one for one in list(self._connections) if one.idle_since < float("inf")]
+        if idle:
+            _hang_up(min(idle, key=lambda one: one.idle_since).sock)
 
 
 def _hang_up(sock: "Any") -> None:

@@ -8299,6 +8299,15 @@ def test_clients_that_take_all_descriptors_keep_nobody_out():
             started.terminate()
 
 
+def test_whose_request_is_at_work_is_not_hung_up_on_to_make_room():
+    with analysys.Receiver() as server, dial(server.url) as client:
+        with server._arrived:
+            client.sendall(request_of(ONE, LENGTH))
+            wait_until(lambda: [one.idle_since for one in list(server._listener._connections)] == [float("inf")])
+            server._listener._make_room()
+        assert status_of(client.recv(4096)) == 200
+
+
 def test_beyond_the_bytes_held_at_once_bodies_wait_unread_but_for_the_oldest(monkeypatch):
     assert analysys._MAX_HELD == 64 << 20              # in earnest
     monkeypatch.setattr(analysys, "_MAX_HELD", 100000)
