@@ -4853,10 +4853,12 @@ class LogCollecter(_Collecter):
 # an exception is made again from its beginning. That harms nobody, since each state knows how far it came: it stays in
 # `_OPEN`, and its close() returns what it has left, until told() notes that somebody knows.
 
+# A module that is reloaded keeps what it has here: the collecters that there are stay.
+#
 # States with records that are not delivered, of this process and, in a forked child, of its parent -> process id. Not
 # weak: they outlive their collecters until they are done. The steps of a dict are atomic.
-_OPEN: "Dict[_State, int]" = {}
-_ALL_STATES: "Dict[int, Dict[int, _State]]" = {}  # those of each collecter there is, by their id()
+_OPEN: "Dict[_State, int]" = globals().get("_OPEN", {})
+_ALL_STATES: "Dict[int, Dict[int, _State]]" = globals().get("_ALL_STATES", {})  # of each collecter, by their id()
 _HOOKS: "Dict[int, bool]" = {}  # by process: whether its exit hook is still to run
 
 

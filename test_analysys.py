@@ -7727,6 +7727,28 @@ def test_a_fork_waits_for_a_handshake_that_holds_locks_of_openssl_and_the_other_
 
 
 @posix_only
+def test_what_waits_when_the_module_is_reloaded_is_delivered_at_exit_and_forked_children_leave_it_alone(tmp_path):
+    with FaultyServer() as server:
+        run("""
+            import glob, importlib
+            def let_go():
+                locks = glob.glob(os.path.join(folder, "*", "*.lock"))
+                held = analysys._open_files() if hasattr(os, "register_at_fork") else ()
+                assert locks and not any(analysys._inode(os.stat(path)) in held for path in locks)
+            kept = []
+            for name in "abc":
+                kept += [BatchCollecter(url, max_interval_time=60), LogCollecter(folder, True)]
+                kept += [BatchCollecter(url, max_interval_time=60, spool_path=os.path.join(folder, name))]
+                for collecter in kept[-3:]:
+                    give(collecter, name)
+                importlib.reload(analysys)
+                reap(child(let_go))
+                from analysys import *
+        """, server.url, tmp_path)
+        assert sorted(server.names) == sorted("aabbcc") and lines_in(tmp_path) == ["a", "b", "c"]
+
+
+@posix_only
 @pytest.mark.skipif(sys.version_info < (3, 7), reason="without os.register_at_fork")
 @pytest.mark.parametrize("module, name", [("ssl", "create_default_context"), ("_socket", "getaddrinfo")])
 def test_a_fork_waits_for_what_the_first_collecter_of_a_process_makes_ready_also_in_a_module_reloaded(module, name):
